@@ -1,0 +1,194 @@
+"""Talking to OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
+
+Retried, with growing pauses: connection errors, time-outs, 429 (its Retry-After is honoured), 5xx, and answers that the
+caller's parser refuses. Never retried: any other 4xx, which would fail again. What fails in the end raises ChatError.
+"""
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+
+import requests
+
+LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
+
+
+class ChatError(RuntimeError):
+    """A request that failed for good; the message says why and never contains the key."""
+
+
+class ChatClient:
+    """A pool of equivalent servers behind one `complete`.
+
+    base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
+    environment variable that holds the API key, if there is one. concurrency: requests at a time, over all servers.
+    timeout: seconds for one try. retries: tries after the first. extra: fields added to every request body.
+    counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
+    """
+
+    def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
+                 max_tokens=1024, first_pause=0.5, extra=None):
+        self.base_urls = [url.rstrip("/") for url in base_urls]
+        self.model = model
+        self.key_variable = key_variable
+        self.timeout, self.retries, self.max_tokens, self.first_pause = timeout, retries, max_tokens, first_pause
+        self.extra = extra or {}
+        self.structured = True  # until a server refuses response_format
+        self.counts = Counter()
+        self.last_error = None
+        self._in_flight = Counter({url: 0 for url in self.base_urls})
+        self._rests_until = dict.fromkeys(self.base_urls, 0.0)  # a server that failed is avoided for a moment
+        self._lock = threading.Lock()
+        self._local = threading.local()  # a requests.Session belongs to one thread
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
+
+    def check(self, timeout=5.0):
+        """Ask every server for its models; take the only one if no model was named.
+
+        Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
+        """
+        for url in self.base_urls:
+            try:
+                answer = requests.get(f"{url}/models", headers=self._headers(), timeout=timeout)
+            except requests.RequestException as error:
+                raise ConnectionError(f"no server answers at {url} ({type(error).__name__})") from None
+            if answer.status_code in (401, 403):
+                raise ValueError(f"{url} refuses the key in ${self.key_variable} (HTTP {answer.status_code})")
+            if answer.status_code == 404 and self.model:
+                continue  # not every server lists its models
+            try:
+                served = [entry["id"] for entry in answer.json()["data"]]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{url}/models does not answer like an OpenAI-compatible server "
+                                 f"(HTTP {answer.status_code}); a base URL usually ends in /v1") from None
+            if not self.model and len(served) == 1:
+                self.model = served[0]
+            if self.model not in served:
+                raise ValueError(f"{url} does not serve {self.model or 'one model only: name one'!r}; "
+                                 f"it serves {', '.join(served[:10])}")
+
+    def submit(self, messages, *, parse=None, schema=None):
+        """`complete` in the pool: a Future."""
+        return self._pool.submit(self.complete, messages, parse=parse, schema=schema)
+
+    def complete(self, messages, *, parse=None, schema=None):
+        """The answer's text, or parse(text). Blocks; safe to call from many threads.
+
+        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
+        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
+        Raises ChatError when all tries failed or the server refuses the request.
+        """
+        start = time.monotonic()
+        reason = "no try was made"
+        try:
+            for attempt in range(self.retries + 1):
+                pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+                url = self._acquire()
+                try:
+                    answer = self._post(url, messages, schema)
+                except requests.RequestException as error:
+                    reason = f"{url}: {type(error).__name__}"
+                    self._rests_until[url] = time.monotonic() + 5
+                else:
+                    if answer.status_code == 200:
+                        try:
+                            text = self._text(answer)
+                            return text if parse is None else parse(text)
+                        except ValueError as error:
+                            reason = f"{url}: unusable answer: {error}"
+                    elif answer.status_code == 429 or answer.status_code >= 500:
+                        reason = f"{url}: HTTP {answer.status_code}"
+                        pause = max(pause, min(_retry_after(answer), LONGEST_PAUSE))
+                    else:
+                        raise ChatError(f"{url}: HTTP {answer.status_code}: {_message(answer)}")
+                finally:
+                    with self._lock:
+                        self._in_flight[url] -= 1
+                if attempt < self.retries:
+                    time.sleep(pause)
+            raise ChatError(f"{reason} (gave up after {self.retries + 1} tries)")
+        except ChatError as error:
+            with self._lock:
+                self.counts["failures"] += 1
+                self.last_error = str(error)
+            raise
+        finally:
+            with self._lock:
+                self.counts["calls"] += 1
+                self.counts["seconds"] += time.monotonic() - start
+
+    def _acquire(self):
+        """The server with the fewest requests in flight, resting ones last; counted in."""
+        now = time.monotonic()
+        with self._lock:
+            self.counts["tries"] += 1
+            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
+            self._in_flight[url] += 1
+        return url
+
+    def _headers(self):
+        key = os.environ.get(self.key_variable)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def _post(self, url, messages, schema):
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens, **self.extra}
+
+        def send(extra):
+            return self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
+                                            timeout=self.timeout)
+
+        if schema is None or not self.structured:
+            return send({})
+        answer = send({"response_format": {"type": "json_schema",
+                                           "json_schema": {"name": "answer", "strict": True, "schema": schema}}})
+        if answer.status_code in (400, 422):  # perhaps it is response_format that is refused: try without
+            plain = send({})
+            if plain.status_code == 200:
+                self.structured = False
+            return plain
+        return answer
+
+    def _text(self, answer):
+        try:
+            reply = answer.json()
+            choice = reply["choices"][0]
+            text = choice["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ValueError("not a chat completion") from None
+        usage = reply.get("usage") or {}
+        with self._lock:
+            for name in ("prompt_tokens", "completion_tokens"):
+                self.counts[name] += usage.get(name) or 0
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("empty text")
+        if choice.get("finish_reason") == "length":
+            raise ValueError(f"cut off at {self.max_tokens} tokens")
+        return text
+
+
+def _retry_after(answer):
+    """Seconds the server asks to wait, from a number or a date; 0 where it asks for nothing readable."""
+    value = answer.headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        except (ValueError, TypeError):
+            return 0.0
+
+
+def _message(answer):
+    """The server's own words about an error, shortened to one line."""
+    try:
+        error = answer.json()["error"]
+        text = error["message"] if isinstance(error, dict) else str(error)
+    except (ValueError, KeyError, TypeError):
+        text = answer.text
+    return " ".join(text.split())[:200]

@@ -1,0 +1,168 @@
+"""Every setting of a run, its two presets and the command line. Imports nothing heavy: --help and typos answer at once."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+
+from scaffold import DECAYS, PATTERNS
+
+
+def setting(default, help, choices=None):
+    """A dataclass field with a line of help."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Defaults are the laptop preset; PAPER below replaces some when --model is given."""
+
+    model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (the default, from PyPI)")
+    tasks: str = setting("first_aid", "first_aid, healthbench, or a .jsonl or .parquet file")
+    name: str = setting("", "name of the run (default: model and time)")
+    runs: str = setting("runs", "folder in which the run's folder is made")
+    seed: int = setting(0, "seed of every draw")
+    steps: int = setting(25, "number of rollout batches")
+    group_size: int = setting(8, "G, responses to each question")
+    batch_size: int = setting(4, "questions a step")
+    mini_batch_size: int = setting(4, "questions an optimiser step")
+    lr: float = setting(3e-5, "learning rate of AdamW, constant")
+    weight_decay: float = setting(0.0, "weight decay of AdamW")
+    kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model")
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
+    dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    ratio: str = setting("plain", "prompts of the ratio's two sides: plain/plain, plain/scaffold, scaffold/scaffold",
+                         ("plain", "unbiased", "scaffolded"))
+    max_new_tokens: int = setting(64, "longest response, in tokens")
+    max_prompt_tokens: int = setting(1024, "tasks whose question with the whole scaffold is longer are dropped")
+    temperature: float = setting(0.7, "sampling temperature")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off")
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off")
+    decay: str = setting("sigmoid", "how the scaffold fades over training", DECAYS)
+    midpoint: float = setting(0.5, "progress at which the sigmoid is at one half (t0)")
+    steepness: float = setting(12.0, "steepness of the sigmoid (alpha): from 99%% to 1%% takes 9.19 / steepness of the run")
+    power: float = setting(2.0, "exponent of --decay power")
+    pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
+    full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
+    sampler: str = setting("auto", "what samples responses", ("auto", "transformers"))
+    judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
+                         ("auto", "rules", "chat", "self"))
+    judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
+    judge_model: str = setting("", "model to ask there (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
+    judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
+    judge_concurrency: int = setting(64, "judge requests at a time")
+    max_unknown: float = setting(0.1, "stop when a larger share of a step's verdicts could not be had")
+    held_out: int = setting(16, "tasks kept for evaluation")
+    eval_every: int = setting(10, "evaluate every so many steps; also before the first and after the last")
+    eval_samples: int = setting(4, "responses to each held-out task")
+    save_every: int = setting(10, "checkpoint every so many steps; also after the last")
+    token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    device: str = setting("auto", "where the policy is", ("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
+                         ("auto", "float32", "bfloat16"))
+    tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
+    resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint")
+
+
+# Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
+PAPER = dict(tasks="healthbench", steps=350, group_size=8, batch_size=64, mini_batch_size=32, lr=1e-6, kl=1e-3,
+             dual_clip=3.0, max_new_tokens=4096, max_prompt_tokens=4096, temperature=0.7, top_p=0.8, top_k=20,
+             midpoint=0.2, steepness=125.0, held_out=500, eval_every=50, eval_samples=1, save_every=50,
+             token_budget=16384, gradient_checkpointing=True)
+
+
+def paper_preset(model):
+    """PAPER with the paper's exceptions for `model`: sampling of Qwen2.5-7B-Instruct, midpoints of three models."""
+    preset = dict(PAPER)
+    if "Qwen2.5-7B-Instruct" in model:
+        preset.update(temperature=1.0, top_p=1.0, top_k=0)
+    for part, midpoint in (("Qwen3-30B-A3B", 0.1), ("Llama-3.1-8B", 0.15), ("Llama-3.2-3B", 0.3)):
+        if part in model:
+            preset["midpoint"] = midpoint
+    return preset
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_command_line(argv=None):
+    """Config from the command line; exits with status 2 and one line on a mistake."""
+    parser = _Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
+                     "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        help = field.metadata["help"]
+        paper = PAPER.get(field.name)
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction if field.default is None else "store_true",
+                                default=None, help=help)
+            continue
+        shown = "" if field.default == "" else f" [{field.default}" + (f"; paper {paper}]" if paper is not None else "]")
+        parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=None, help=help + shown,
+                            metavar=None if field.metadata["choices"] else field.type.__name__.upper())
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = paper_preset(given["model"]) if given.get("model", "smollm2") != "smollm2" else {}
+    config = Config(**{**preset, **given})
+    config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
+    config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+    if not config.name and not config.resume:
+        model = config.model.rstrip("/").split("/")[-1]
+        config.name = f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def check(config):
+    """Raise ValueError, naming the flag, for a value that makes no sense or does not fit another."""
+    for name in ("steps", "group_size", "batch_size", "mini_batch_size", "max_new_tokens", "max_prompt_tokens", "power",
+                 "judge_concurrency", "held_out", "eval_every", "eval_samples", "save_every", "token_budget",
+                 "max_grad_norm"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
+    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature"):
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")
+    for name in ("midpoint", "max_unknown", "top_p"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{flag(name)} must be between 0 and 1, got {getattr(config, name)}")
+    if config.temperature == 0 or config.top_p == 0:
+        raise ValueError("--temperature and --top-p must be above 0: equal samples teach nothing")
+    if config.clip_low >= 1:
+        raise ValueError(f"--clip-low must be below 1, got {config.clip_low}")
+    if config.dual_clip != 0 and not config.dual_clip > 1:
+        raise ValueError(f"--dual-clip must be above 1, or 0 for off, got {config.dual_clip}")
+    if not 0 <= config.full_samples <= config.group_size:
+        raise ValueError(f"--full-samples must be between 0 and --group-size {config.group_size}, got {config.full_samples}")
+    if config.batch_size % config.mini_batch_size:
+        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --mini-batch-size {config.mini_batch_size}")
+    if "/" in config.name or config.name.startswith("."):
+        raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
+    judge_extra(config)
+
+
+def judge_extra(config):
+    """--judge-extra as a dict."""
+    try:
+        extra = json.loads(config.judge_extra or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--judge-extra is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise ValueError("--judge-extra must be a JSON object")
+    return extra
+
+
+def flag(name):
+    """The command-line flag of a field: max_new_tokens -> --max-new-tokens."""
+    return "--" + name.replace("_", "-")

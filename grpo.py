@@ -1,0 +1,273 @@
+"""GRPO on shared-prefix packs: advantages, packing, log-probabilities, KL, the clipped loss, one update.
+
+Tensors only: this module knows nothing of rubrics, prompts or judges. Per rollout batch:
+
+    1. group_advantages: A_i = (r_i - mean_group) / (std_group + eps)
+    2. make_packs: a question and as many of its responses as fit a token budget become one row
+    3. response_logprobs: log-probability of every response token; logits nowhere else
+    4. policy_loss: the clipped surrogate, averaged over all response tokens of the mini-batch
+    5. update: that loss plus kl_coef * KL to the frozen reference, one optimiser step a mini-batch
+
+A pack is [question, o_1, ..., o_k] with positions that restart after the question and a mask under which every
+response sees the question and itself only. The question is computed once and nothing is padded.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class Sample:
+    """One response as the update sees it; samples with equal `prompt_ids` can share a pack.
+
+    prompt_ids: the question that the log-probabilities condition on. old_prompt_ids: the one that the denominator of the
+    ratio conditions on: the same, unless the ratio is the unbiased one of the paper's Table 9.
+    """
+
+    prompt_ids: list
+    response_ids: list
+    advantage: float
+    old_prompt_ids: list
+    old_logp: torch.Tensor | None = None  # [response tokens] float32, before the update; set by `update`
+
+
+def group_advantages(rewards, eps=1e-6):
+    """Advantage of each response within its group.
+
+    rewards: float tensor [groups, G]; NaN marks an unjudged sample, which is left out of its group's mean and standard
+    deviation and gets advantage 0. The standard deviation is Bessel-corrected. A group with fewer than two judged
+    samples, or with equal rewards, has advantage 0 throughout. Returns [groups, G].
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.get_default_dtype() if not torch.is_tensor(rewards) else None)
+    judged = ~rewards.isnan()
+    count = judged.sum(-1, keepdim=True)
+    values = rewards.nan_to_num(0.0)
+    mean = values.sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(judged, values - mean, 0.0)
+    std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    # Equal rewards leave rounding dust around their mean; dividing dust by dust would make a signal of it.
+    equal = std <= 1e-6 * values.abs().amax(-1, keepdim=True)
+    return torch.where(equal, 0.0, centred / (std + eps))
+
+
+def kl_k3(logp, ref_logp):
+    """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = ref_logp - logp (Schulman's k3).
+
+    Unbiased for tokens drawn from the policy, never negative. d is clamped to +-20 and the result to 10, as in the
+    official run. Any shape.
+    """
+    d = (ref_logp - logp).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(max=10)
+
+
+def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
+    """PPO's clipped surrogate, token-mean: (loss, stats).
+
+    All four tensors have one shape; mask is 1 at response tokens. The loss is
+    -mean over the mask of min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logp - old_logp)
+    with the difference clamped to +-20. dual_clip c > 1 bounds the loss of a token with A < 0 by -c * A.
+    At ratio 1 the value is -mean(A): near 0 however much there is to learn. Its gradient is what counts.
+    stats: clip_fraction (share of tokens where the clipped branch was taken), approx_kl (mean of old_logp - logp).
+    Raises ValueError for shapes that differ or dual_clip <= 1.
+    """
+    shapes = {tuple(t.shape) for t in (logp, old_logp, advantages, mask)}
+    if len(shapes) > 1:
+        raise ValueError(f"logp, old_logp, advantages and mask must have one shape, got {sorted(shapes)}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+    losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
+    tokens = mask.sum().clamp(min=1)
+    stats = {
+        "clip_fraction": ((clipped * mask).sum() / tokens).item(),
+        "approx_kl": (((old_logp - logp).detach() * mask).sum() / tokens).item(),
+    }
+    return (losses * mask).sum() / tokens, stats
+
+
+def token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
+    """(loss of each token, whether its clipped branch was taken) before any averaging; any shape."""
+    log_ratio = (logp - old_logp).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    losses = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
+    return losses, (clipped > plain).to(logp.dtype)
+
+
+@dataclass
+class Pack:
+    """One row for the model: a question and some of its responses. All tensors on the CPU until they are used."""
+
+    ids: torch.Tensor  # [1, tokens] question, then the responses without their last token (it predicts nothing here)
+    positions: torch.Tensor  # [1, tokens] restarting after the question for every response
+    segment: torch.Tensor  # [tokens] 0 for the question, j for the j-th response
+    logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
+    targets: torch.Tensor  # [response tokens] the response tokens themselves
+    members: list  # index into the samples, response by response
+
+
+def make_packs(prompts, responses, token_budget):
+    """Pack responses that share a prompt: list of Pack, in order of first appearance.
+
+    prompts, responses: token-id lists, one of each a sample. A pack holds as many responses to one prompt as keep it
+    within token_budget tokens; a sample that is longer by itself gets a pack of its own. Empty responses are left out.
+    """
+    by_prompt = defaultdict(list)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        if response:
+            by_prompt[tuple(prompt)].append(i)
+    packs = []
+    for prompt, members in by_prompt.items():
+        part, size = [], len(prompt)
+        for i in sorted(members, key=lambda i: -len(responses[i])):
+            if part and size + len(responses[i]) - 1 > token_budget:
+                packs.append(_make_pack(prompt, part, responses))
+                part, size = [], len(prompt)
+            part.append(i)
+            size += len(responses[i]) - 1
+        packs.append(_make_pack(prompt, part, responses))
+    return packs
+
+
+def _make_pack(prompt, members, responses):
+    ids, positions, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+    logit_at, targets = [], []
+    for j, i in enumerate(members, 1):
+        response = responses[i]
+        start = len(ids)
+        ids += response[:-1]
+        positions += range(len(prompt), len(prompt) + len(response) - 1)
+        segment += [j] * (len(response) - 1)
+        # the question's last token predicts a response's first token; each response token predicts the next one
+        logit_at += [len(prompt) - 1, *range(start, start + len(response) - 1)]
+        targets += response
+    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(segment), torch.tensor(logit_at),
+                torch.tensor(targets), members)
+
+
+def pack_mask(segment):
+    """[1, 1, tokens, tokens] boolean: True where a token (row) may look at another (column).
+
+    segment: [tokens]. A token sees what came before it in its own response, and the question.
+    Worked example, question of 2 tokens and two responses of 2 and 1: segment 0 0 1 1 2
+
+        1 0 0 0 0
+        1 1 0 0 0
+        1 1 1 0 0
+        1 1 1 1 0
+        1 1 0 0 1
+    """
+    tokens = segment.shape[0]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segment.device).tril()
+    same = segment.unsqueeze(1) == segment.unsqueeze(0)
+    return (causal & (same | (segment == 0).unsqueeze(0)))[None, None]
+
+
+def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=256):
+    """(log-probability of each response token [response tokens], entropy at each or None), float32.
+
+    Conditions on the pack's question; logits are divided by `temperature`, so that this is the distribution that was
+    sampled from. Only the hidden states at response tokens meet the vocabulary, `chunk` of them at a time, and their
+    logits are recomputed in the backward pass: memory does not grow with tokens x vocabulary.
+    """
+    device = next(model.parameters()).device
+    mask = pack_mask(pack.segment.to(device))
+    hidden = model.base_model(input_ids=pack.ids.to(device), position_ids=pack.positions.to(device),
+                              attention_mask=mask, use_cache=False).last_hidden_state[0]  # [tokens, width]
+    hidden = hidden[pack.logit_at.to(device)]  # [response tokens, width]
+    targets = pack.targets.to(device)
+    head = model.get_output_embeddings()
+
+    def one_chunk(hidden, targets):
+        logits = head(hidden).float() / temperature  # [chunk, vocabulary]
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1) if with_entropy else None
+        return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+    parts = []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        if torch.is_grad_enabled() and h.requires_grad:
+            parts.append(checkpoint(one_chunk, h, t, use_reentrant=False))
+        else:
+            parts.append(one_chunk(h, t))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
+
+
+def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
+    """Log-probabilities of each response given its prompt, without gradients: list of float32 [response tokens] (CPU)."""
+    result = [None] * len(responses)
+    with torch.no_grad():
+        for pack in make_packs(prompts, responses, token_budget):
+            logp, _ = response_logprobs(model, pack, temperature)
+            for i, part in zip(pack.members, logp.cpu().split([len(responses[i]) for i in pack.members])):
+                result[i] = part
+    return result
+
+
+def update(model, optimizer, mini_batches, *, reference=None, kl_coef=0.0, clip_low=0.2, clip_high=0.2, dual_clip=None,
+           temperature=1.0, max_grad_norm=1.0, token_budget=4096, autocast=None, on_pack=lambda: None):
+    """One optimiser step for each mini-batch (a list of Sample); returns statistics averaged over response tokens.
+
+    The sum over a mini-batch's tokens is divided by their number, so the gradient is the same for every token_budget.
+    Old log-probabilities are computed only where they are not simply the current ones: for mini-batches after the first
+    and where the denominator conditions on another prompt. A step whose gradient is not finite is skipped and counted.
+    reference: frozen model, needed where kl_coef > 0. autocast: dtype to compute in, or None for the weights' own.
+    on_pack: called after each pack, for a progress bar.
+    """
+    device = next(model.parameters()).device
+
+    def precision():
+        return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+
+    stale = [s for k, batch in enumerate(mini_batches) for s in batch if k > 0 or s.old_prompt_ids != s.prompt_ids]
+    with precision():
+        found = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
+                                temperature)
+    for sample, logp in zip(stale, found):
+        sample.old_logp = logp
+
+    totals, tokens_seen, grad_norms, skipped = defaultdict(float), 0, [], 0
+    for batch in mini_batches:
+        tokens = sum(len(s.response_ids) for s in batch)
+        optimizer.zero_grad(set_to_none=True)
+        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
+            members = [batch[i] for i in pack.members]
+            lengths = [len(s.response_ids) for s in members]
+            with precision():
+                logp, entropy = response_logprobs(model, pack, temperature, with_entropy=True)
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logp, _ = response_logprobs(reference, pack, temperature)
+            for sample, part in zip(members, logp.detach().split(lengths)):
+                if sample.old_logp is None:
+                    sample.old_logp = part.cpu()
+            old_logp = torch.cat([s.old_logp for s in members]).to(device)
+            advantages = torch.repeat_interleave(torch.tensor([s.advantage for s in members], device=device),
+                                                 torch.tensor(lengths, device=device))  # [response tokens]
+            losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
+            if reference is not None:
+                kl = kl_k3(logp, ref_logp)
+                losses = losses + kl_coef * kl
+                totals["kl"] += kl.sum().item()
+            (losses.sum() / tokens).backward()
+            totals["loss"] += losses.sum().item()
+            totals["entropy"] += entropy.sum().item()
+            totals["clip_fraction"] += clipped.sum().item()
+            totals["approx_kl"] += (old_logp - logp.detach()).sum().item()
+            on_pack()
+        tokens_seen += tokens
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        grad_norms.append(norm)
+        if math.isfinite(norm):
+            optimizer.step()
+        else:
+            skipped += 1
+    optimizer.zero_grad(set_to_none=True)
+    stats = {name: total / max(tokens_seen, 1) for name, total in totals.items()}
+    return {**stats, "grad_norm": sum(grad_norms) / len(grad_norms), "skipped_steps": skipped, "tokens": tokens_seen}

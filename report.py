@@ -1,0 +1,64 @@
+"""What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
+
+import json
+import textwrap
+
+
+def step_line(bar, row, rollouts, show_sample):
+    """One line of the numbers that matter, and with show_sample the best response of the step."""
+    parts = [f"step {row['step']:3d}", f"reward {row['reward/mean']:+.3f}" if "reward/mean" in row else "reward -",
+             f"plain {row['reward/unscaffolded']:+.3f}" if row.get("reward/unscaffolded") is not None else "plain -",
+             f"scaffold {row['scaffold/ratio']:.2f}", f"loss {row['loss']:+.4f}", f"entropy {row['entropy']:.2f}"]
+    if row.get("kl") is not None:
+        parts.append(f"kl {row['kl']:.4f}")
+    parts += [f"length {row['response/length']:.0f}", f"{row['time/sample']:.0f}+{row['time/update']:.0f} s"]
+    if "eval/score" in row:
+        parts.append(f"held out {row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}")
+    bar.set_description("")
+    bar.write("  ".join(parts))
+    bar.update()
+    judged = [r for r in rollouts if r.reward is not None]
+    if show_sample and judged:
+        best = max(judged, key=lambda r: r.reward)
+        bar.write(textwrap.indent(f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} "
+                                  f"criteria shown, reward {best.reward:+.2f}) {best.text}\n", "    | "))
+
+
+def summary(run, config):
+    """Before and after: score with its error, pass rates, and the same held-out question answered twice."""
+    rows = [row for row in run.rows() if "eval/score" in row]
+    before, after = rows[0], rows[-1]
+    print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
+    print(f"{'':42s}{'before':>16s}{'after':>16s}")
+    for label, key in (("score", "eval/score"), ("length, tokens", "eval/length")):
+        cells = [f"{row[key]:+.3f} +- {row['eval/score_se']:.3f}" if key == "eval/score" else f"{row[key]:.0f}"
+                 for row in (before, after)]
+        print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
+    for text in sorted(before["eval/pass_rate"]):
+        print(f"{text[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'].get(text, 0):>16.0%}")
+    first, last = (_first_rollout(run, row["step"]) for row in (before, after))
+    print(f"\n{first['question'][:100]}\n")
+    side_by_side(f"before ({_points(first)})\n\n{first['response']}", f"after ({_points(last)})\n\n{last['response']}")
+    print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
+
+
+def _first_rollout(run, step):
+    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl") as file:
+        return json.loads(file.readline())
+
+
+def _points(record):
+    return "not judged" if record["reward"] is None else f"reward {record['reward']:+.2f}"
+
+
+def side_by_side(left, right, width=58):
+    """Print two texts as two columns."""
+    columns = []
+    for text in (left, right):
+        lines = []
+        for line in text.splitlines():
+            lines += textwrap.wrap(line, width) or [""]
+        columns.append(lines[:40])
+    for i in range(max(map(len, columns))):
+        a, b = (column[i] if i < len(column) else "" for column in columns)
+        print(f"{a:{width}s}  |  {b}")

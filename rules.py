@@ -1,0 +1,194 @@
+"""Criteria that code can check: the rule library.
+
+A criterion is ruled when its tags say so, in the tag form of the official RuscaRL data:
+
+    "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
+
+`rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
+decided). Each rule is a factory that checks its parameters when the task file is loaded, not when a response is judged.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor, TimeoutError as FutureTimeout
+from multiprocessing import get_context
+
+import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run
+
+SECONDS = 2.0  # the longest a pattern may search one response
+
+
+def rule_from_tags(tags):
+    """The rule named by `tags`, as a function str -> bool | None; None where the tags name no rule.
+
+    Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do not fit.
+    """
+    if "verifier:rule" not in tags:
+        return None
+    values = {}
+    for tag in tags:
+        key, _, value = tag.partition(":")
+        values[key] = value
+    name = values.get("function", "")
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r} (known: {', '.join(RULES)})")
+    try:
+        parameters = json.loads(values.get("parameters") or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"parameters of {name} are not JSON: {error}") from None
+    if not isinstance(parameters, dict):
+        raise ValueError(f"parameters of {name} must be a JSON object, got {parameters!r}")
+    try:
+        return RULES[name](**parameters)
+    except TypeError as error:  # a missing or unexpected parameter; Python's own message names it
+        raise ValueError(f"parameters of {name}: {error}") from None
+
+
+def normalize(text):
+    """Lower case, straight apostrophes, single spaces: what the word rules compare."""
+    return " ".join(text.lower().replace("\u2019", "'").split())
+
+
+def _phrases(words):
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
+        raise ValueError(f"words must be a list of non-empty strings, got {words!r}")
+    return [normalize(word) for word in words]
+
+
+def _count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _search(pattern, text, flags=0):
+    try:
+        return regex.search(pattern, text, flags, timeout=SECONDS) is not None
+    except TimeoutError:
+        return None
+
+
+def _mentions(phrase, text):
+    """Whole words only: "rest" is not mentioned by "restaurant"."""
+    return regex.search(rf"(?<!\w){regex.escape(phrase)}(?!\w)", text) is not None
+
+
+def mentions_any(words):
+    """At least one of the words or phrases occurs (whole words, any case)."""
+    phrases = _phrases(words)
+    return lambda text: any(_mentions(phrase, normalize(text)) for phrase in phrases)
+
+
+def mentions_all(words):
+    """Every one of the words or phrases occurs."""
+    phrases = _phrases(words)
+    return lambda text: all(_mentions(phrase, normalize(text)) for phrase in phrases)
+
+
+def starts_with(words):
+    """The response begins with one of the phrases."""
+    phrases = _phrases(words)
+    return lambda text: any(regex.match(rf"{regex.escape(p)}(?!\w)", normalize(text)) for p in phrases)
+
+
+def ends_with(words):
+    """The response ends with one of the phrases; closing punctuation and white space do not count."""
+    phrases = [phrase.rstrip(".!?") for phrase in _phrases(words)]
+    return lambda text: any(regex.search(rf"(?<!\w){regex.escape(p)}[\s.!?\"')*]*$", normalize(text)) for p in phrases)
+
+
+def ends_a_sentence():
+    """The last character is a full stop, question mark or exclamation mark: the response was not cut off."""
+    return lambda text: text.rstrip().rstrip("\"')*").endswith((".", "!", "?"))
+
+
+def max_words(limit):
+    """One word or more, and at most `limit`."""
+    limit = _count("limit", limit)
+    return lambda text: 1 <= len(text.split()) <= limit
+
+
+def min_words(limit):
+    """At least `limit` words."""
+    limit = _count("limit", limit)
+    return lambda text: len(text.split()) >= limit
+
+
+def sentences(text):
+    """Number of sentences: stretches of text closed by . ! ? (or by the end), list numbers such as "2." not counted."""
+    text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
+    return sum(1 for part in regex.split(r"[.!?]+(?=\s|$)", text) if regex.search(r"\w", part))
+
+
+def max_sentences(limit):
+    """One sentence or more, and at most `limit`."""
+    limit = _count("limit", limit)
+    return lambda text: 1 <= sentences(text) <= limit
+
+
+def min_sentences(limit):
+    """At least `limit` sentences."""
+    limit = _count("limit", limit)
+    return lambda text: sentences(text) >= limit
+
+
+def numbered_list(items=2):
+    """At least `items` lines that begin with a number: "1. ..." or "1) ..."."""
+    items = _count("items", items)
+    return lambda text: len(regex.findall(r"(?m)^\s*\d+[.)]\s", text)) >= items
+
+
+def bullet_list(items=2):
+    """At least `items` lines that begin with -, * or a bullet."""
+    items = _count("items", items)
+    return lambda text: len(regex.findall(r"(?m)^\s*[-*\u2022]\s", text)) >= items
+
+
+def asks_question(count=1):
+    """At least `count` question marks."""
+    count = _count("count", count)
+    return lambda text: text.count("?") >= count
+
+
+def matches(pattern):
+    """The pattern (syntax of Python's `re`) is found; None when the search takes longer than SECONDS."""
+    try:
+        regex.compile(pattern)
+    except (regex.error, TypeError) as error:
+        raise ValueError(f"pattern {pattern!r}: {error}") from None
+    return lambda text: _search(pattern, text)
+
+
+# math-verify stops runaway algebra by a signal, and signals reach only a process's main thread. Judging happens in
+# threads, so the check runs in a worker process, in whose main thread the signal works.
+_math_worker = None
+
+
+def _math_verify_here(answer, text):
+    from math_verify import parse, verify
+
+    return bool(verify(parse(answer), parse(text)))
+
+
+def math_verify(answer):
+    """The response's final answer equals `answer` (LaTeX or plain); None when that cannot be decided in 30 s."""
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"answer must be a non-empty string, got {answer!r}")
+
+    def check(text):
+        global _math_worker
+        if _math_worker is None:
+            _math_worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        try:
+            return _math_worker.submit(_math_verify_here, answer, text).result(timeout=30)
+        except FutureTimeout:
+            return None
+
+    return check
+
+
+RULES = {
+    rule.__name__: rule
+    for rule in (mentions_any, mentions_all, starts_with, ends_with, ends_a_sentence, max_words, min_words, max_sentences,
+                 min_sentences, numbered_list, bullet_list, asks_question, matches, math_verify)
+}
+RULES["regex"] = RULES.pop("matches")

@@ -1,0 +1,331 @@
+"""RuscaRL: rubric-scaffolded reinforcement learning (arXiv 2508.16949), from scratch.
+
+A rubric is a checklist with points. While a group of responses is sampled, part of the rubric is shown to the model as
+a scaffold: more to the first sample, nothing to the last, and less to all of them as training goes on. A judge decides
+each criterion; the points met are the reward; GRPO updates the policy as if the plain question had been asked, so that
+what needed prompting becomes habit.
+
+    python ruscarl.py                                      a 135M model on this machine, in minutes
+    python ruscarl.py --decay none                         the same without scaffold: plain rubric GRPO
+    python ruscarl.py --model Qwen/Qwen2.5-7B-Instruct     the paper's settings
+
+`train` is the algorithm; the functions below it are its steps.
+"""
+
+import sys
+
+from config import Config, judge_extra, parse_command_line
+
+if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
+    COMMAND_LINE = parse_command_line()
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
+
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from tqdm import tqdm
+
+import grpo
+import report
+from chat import ChatClient
+from judge import ChatJudge, Judge, SelfJudge, score
+from policy import cpu_dtype, keep_freed_memory, load_policy, prompt_ids, save_policy, stop_ids
+from rules import rule_from_tags
+from runs import Run
+from sampler import SamplingParams, TransformersSampler, address_seed
+from scaffold import choose_criteria, scaffold_messages, scaffold_ratios
+from tasks import Task, load_tasks, split_tasks
+
+
+@dataclass
+class Rollout:
+    """One response from question to advantage. A group is known by its number, never by its prompt."""
+
+    task: Task
+    group: int
+    sample: int  # 0..G-1; the first sees most of the scaffold, the last nothing
+    shown: list  # the criteria in the scaffold
+    prompt_ids: list  # what was sampled from
+    plain_ids: list  # the question without scaffold
+    response_ids: list = field(default_factory=list)
+    sampled_logp: list = field(default_factory=list)  # of each response token, as the sampler saw it
+    text: str = ""
+    finished: bool = False
+    verdicts: list = field(default_factory=list)
+    reward: float | None = None
+    advantage: float = 0.0
+
+
+def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0):
+    """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k, logprobs=True)
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start, config.steps):
+            began = time.monotonic()
+            row = {"step": step}
+            if step % config.eval_every == 0:
+                row |= evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar)
+            stepped = time.monotonic()
+
+            batch = tasks_of_step(config, step, tasks)
+            ratios = scaffold_ratios(step, config.steps, config.group_size, decay=config.decay, pattern=config.pattern,
+                                     midpoint=config.midpoint, steepness=config.steepness, power=config.power,
+                                     full_samples=config.full_samples)
+            rollouts = make_rollouts(config, step, batch, ratios, tokenizer)
+            row |= sample_and_judge(rollouts, (config.seed, step), sampler, judge, tokenizer, params, bar)
+            stop_if_unjudged(config, row["judge/unknown"], judge)
+            set_advantages(rollouts, config.group_size)
+            row |= update_policy(config, rollouts, policy, reference, optimizer, bar)
+            sampler.sync(policy)
+
+            row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
+            row["time/step"] = time.monotonic() - stepped
+            row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
+            row["time/total"] = time.monotonic() - began
+            run.log(row)
+            run.save_rollouts(f"step_{step:05d}", rollouts)
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                bar.set_description("saving")
+                run.save_checkpoint(step + 1, policy, optimizer)
+            report.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
+        if run.last_step() < config.steps:
+            final = {"step": config.steps}
+            run.log(final | evaluate(config, config.steps, sampler, judge, tokenizer, held_out, params, run, bar))
+
+
+def tasks_of_step(config, step, tasks):
+    """The batch_size tasks of a step: a fresh shuffle of all tasks each epoch, known from seed and step alone."""
+    batch = []
+    for position in range(step * config.batch_size, (step + 1) * config.batch_size):
+        epoch, index = divmod(position, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(order)
+        batch.append(tasks[order[index]])
+    return batch
+
+
+def make_rollouts(config, step, batch, ratios, tokenizer):
+    """One empty Rollout for each sample of each task, with its own draw of criteria in its prompt."""
+    rollouts = []
+    for group, task in enumerate(batch):
+        plain = prompt_ids(tokenizer, task.messages)
+        for sample, ratio in enumerate(ratios):
+            rng = random.Random(address_seed(config.seed, "scaffold", step, group, sample))
+            shown = choose_criteria(task.rubric, ratio, rng)
+            prompt = prompt_ids(tokenizer, scaffold_messages(task.messages, shown)) if shown else plain
+            rollouts.append(Rollout(task, group, sample, shown, prompt, plain))
+    return rollouts
+
+
+def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
+    """Fill in response, verdicts and reward; each response goes to the judge while others are still sampled.
+
+    address: prefix of the seeds, completed by group and sample. Returns times, unknown verdicts and judge latency.
+    """
+    start = time.monotonic()
+    calls, seconds, _ = judge.counts()
+    futures = [None] * len(rollouts)
+    seeds = [address_seed(*address, r.group, r.sample) for r in rollouts]
+    for done, response in enumerate(sampler.sample([r.prompt_ids for r in rollouts], seeds, params), 1):
+        rollout = rollouts[response.index]
+        rollout.response_ids, rollout.finished = response.token_ids, response.finished
+        rollout.sampled_logp = response.logprobs
+        rollout.text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
+        futures[response.index] = judge.submit(rollout.task, rollout.text)
+        bar.set_description(f"sampling {done}/{len(rollouts)}")
+    sampled = time.monotonic()
+    bar.set_description("judging")
+    judge.finish()
+    for rollout, verdicts in zip(rollouts, futures):
+        rollout.verdicts = [verdict.result() for verdict in verdicts]
+        rollout.reward = score(rollout.task.rubric, rollout.verdicts)
+    calls_after, seconds_after, _ = judge.counts()
+    verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
+    return {
+        "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
+        "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
+        "time/sample": sampled - start,
+        "time/judge": time.monotonic() - start,  # from the first response on: it overlaps time/sample
+    }
+
+
+def stop_if_unjudged(config, unknown, judge):
+    """Raise RuntimeError when too many verdicts could not be had: training on the rest would be training on luck."""
+    if unknown > config.max_unknown:
+        reason = judge.counts()[2]
+        raise RuntimeError(f"{unknown:.0%} of the verdicts could not be had (limit {config.max_unknown:.0%}, "
+                           f"--max-unknown)" + (f"; the last error: {reason}" if reason else ""))
+
+
+def set_advantages(rollouts, group_size):
+    """Group-relative advantages; a response without a reward gets 0 and does not count in its group."""
+    rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
+    advantages = grpo.group_advantages(rewards.view(-1, group_size))  # [groups, G]
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+        rollout.advantage = advantage
+
+
+def update_policy(config, rollouts, policy, reference, optimizer, bar):
+    """Hand the rollouts to GRPO as (prompt, response, advantage): on the plain question, unless --ratio says otherwise."""
+    samples = [grpo.Sample(prompt_ids=r.prompt_ids if config.ratio == "scaffolded" else r.plain_ids,
+                           old_prompt_ids=r.plain_ids if config.ratio == "plain" else r.prompt_ids,
+                           response_ids=r.response_ids, advantage=r.advantage) for r in rollouts]
+    size = config.mini_batch_size * config.group_size
+    start = time.monotonic()
+    bar.set_description("updating")
+    stats = grpo.update(policy, optimizer, [samples[i : i + size] for i in range(0, len(samples), size)],
+                        reference=reference, kl_coef=config.kl, clip_low=config.clip_low, clip_high=config.clip_high,
+                        dual_clip=config.dual_clip or None, temperature=config.temperature,
+                        max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
+                        autocast=autocast_dtype(config, policy.device))
+    row = {name: stats.get(name) for name in ("loss", "kl", "entropy", "clip_fraction", "grad_norm", "skipped_steps")}
+    row["time/update"] = time.monotonic() - start
+    if config.top_p == 1 and config.top_k == 0:  # else the sampler renormalises over fewer tokens
+        gaps = [(torch.tensor(r.sampled_logp) - s.old_logp).abs() for r, s in zip(rollouts, samples)
+                if s.old_prompt_ids == r.prompt_ids]
+        if gaps:
+            row |= {"gap/mean": torch.cat(gaps).mean().item(), "gap/max": torch.cat(gaps).max().item()}
+    return row
+
+
+def rollout_metrics(rollouts, group_size):
+    """Rewards, lengths and pass rates of a step's rollouts."""
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    plain = [r.reward for r in rollouts if r.reward is not None and not r.shown]
+    spreads = [numpy.ptp(known) for group in groups
+               if len(known := [r.reward for r in group if r.reward is not None]) > 1]
+    return {
+        "reward/mean": float(numpy.mean(rewards)) if rewards else None,
+        "reward/std": float(numpy.std(rewards)) if rewards else None,
+        "reward/unscaffolded": float(numpy.mean(plain)) if plain else None,
+        "reward/zero_variance_groups": float(numpy.mean([spread < 1e-9 for spread in spreads])) if spreads else None,
+        "response/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
+        "response/truncated": float(numpy.mean([not r.finished for r in rollouts])),
+        "pass_rate": pass_rates(rollouts),
+    }
+
+
+def pass_rates(rollouts):
+    """{criterion: share of the responses that meet it}, for criteria that more than one task of the batch has."""
+    verdicts, owners = defaultdict(list), defaultdict(set)
+    for r in rollouts:
+        for criterion, met in zip(r.task.rubric, r.verdicts):
+            if met is not None:
+                verdicts[criterion.text].append(met)
+                owners[criterion.text].add(r.task.id)
+    return {text: sum(met) / len(met) for text, met in sorted(verdicts.items()) if len(owners[text]) > 1}
+
+
+def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar):
+    """Score of the policy on the held-out tasks without scaffold: mean over tasks and its bootstrap standard error.
+
+    Every evaluation of a run draws with the same seeds. Not clipped, so that progress below 0 can be seen.
+    """
+    began = time.monotonic()
+    rollouts = []
+    for group, task in enumerate(held_out):
+        plain = prompt_ids(tokenizer, task.messages)
+        rollouts += [Rollout(task, group, sample, [], plain, plain) for sample in range(config.eval_samples)]
+    judged = sample_and_judge(rollouts, (config.seed, "eval"), sampler, judge, tokenizer, params, bar)
+    stop_if_unjudged(config, judged["judge/unknown"], judge)
+    run.save_rollouts(f"eval_{step:05d}", rollouts)
+    by_task = defaultdict(list)
+    for r in rollouts:
+        if r.reward is not None:
+            by_task[r.group].append(r.reward)
+    scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
+    draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
+    return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
+            "eval/pass_rate": pass_rates(rollouts), "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
+            "time/eval": time.monotonic() - began}
+
+
+def autocast_dtype(config, device):
+    """What the update computes in: None for the weights' own float32."""
+    if config.dtype == "auto":
+        dtype = cpu_dtype() if device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = getattr(torch, config.dtype)
+    return None if dtype == torch.float32 else dtype
+
+
+def make_chat_client(config):
+    """A checked ChatClient for --judge-url, or None without one. Raises ConnectionError or ValueError."""
+    if config.judge == "chat" and not config.judge_url:
+        raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
+    if not config.judge_url:
+        return None
+    client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
+                        extra=judge_extra(config))
+    client.check()
+    return client
+
+
+def make_judge(config, client, tasks, tokenizer, sampler):
+    """Rules for what has rules; for the rest the server, or the policy itself."""
+    unruled = sum(rule_from_tags(c.tags) is None for task in tasks for c in task.rubric)
+    if unruled == 0 or config.judge == "rules":
+        return Judge()
+    if client is not None and config.judge != "self":
+        return Judge(ChatJudge(client))
+    tqdm.write("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)", sys.stderr)
+    prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
+                           for text in ('{"criteria_met":', " true", " false"))
+    params = SamplingParams(1, temperature=0, allowed_token_ids=(true[0], false[0]))
+    return Judge(SelfJudge(lambda messages: prompt_ids(tokenizer, messages), prefix, true[0], false[0],
+                           lambda prompts: sampler.sample(prompts, [0] * len(prompts), params)))
+
+
+def drop_long(config, tasks, tokenizer):
+    """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
+    kept = [task for task in tasks if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric)))
+            <= config.max_prompt_tokens]
+    if len(kept) < len(tasks):
+        tqdm.write(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
+                   f"{config.max_prompt_tokens} with the scaffold", sys.stderr)
+    return kept
+
+
+def main(config: Config):
+    """Set up, train, report. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
+    try:
+        tasks = load_tasks(config.tasks)
+        split_tasks(tasks, config.held_out)
+        client = make_chat_client(config)
+        if config.judge == "rules" and (task := next((t for t in tasks for c in t.rubric
+                                                      if rule_from_tags(c.tags) is None), None)):
+            raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
+        run = Run(config)
+        keep_freed_memory()
+        device = "cuda" if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available() else "cpu"
+        policy, tokenizer = load_policy(config.model, device)
+        reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
+        tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
+    except (ValueError, OSError) as error:
+        print(f"ruscarl.py: error: {error}", file=sys.stderr)
+        return 2
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    start = run.load_checkpoint(policy, optimizer) if config.resume else 0
+    sampler = TransformersSampler(policy, stop_ids(policy, tokenizer), autocast_dtype(config, policy.device) or torch.float32)
+    judge = make_judge(config, client, tasks + held_out, tokenizer, sampler)
+    try:
+        train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start)
+    except RuntimeError as error:
+        print(f"ruscarl.py: stopped: {error}", file=sys.stderr)
+        return 1
+    save_policy(policy, tokenizer, run.folder / "policy")
+    run.draw_curves()
+    report.summary(run, config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(COMMAND_LINE))

@@ -1,0 +1,173 @@
+"""Sampler: prompts of token ids in, responses of token ids out, one by one as they finish.
+
+The sampler holds a copy of the policy in its own precision: a cache that `sync` refreshes after every update. Each
+response draws from a generator of its own, whose seed is its address (seed, step, group, sample), so a response does
+not depend on what it was batched with, nor on where a run was interrupted (as far as rounding allows).
+"""
+
+import copy
+import hashlib
+import random
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw: temperature 0 is greedy; top_p 1 and top_k 0 switch their filters off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    allowed_token_ids: tuple = ()  # nothing else can be drawn; empty: everything can
+    logprobs: bool = False  # also return the log-probability of each token under the distribution it was drawn from
+
+
+@dataclass
+class Response:
+    """What came back for prompt number `index`. finished: it ended with a stop token (kept as the last of token_ids)."""
+
+    index: int
+    token_ids: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    finished: bool = False
+
+
+def address_seed(*address):
+    """A 63-bit seed for the address of a draw, e.g. (seed, step, group, sample): equal addresses, equal draws."""
+    digest = hashlib.sha256("/".join(str(part) for part in address).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def filtered_logprobs(logits, params):
+    """Log-probabilities of the distribution that is drawn from: temperature, then top-k, then top-p, renormalised.
+
+    logits: [rows, vocabulary], any float type. Returns float32 [rows, vocabulary], -inf where a token is filtered out.
+    Top-p keeps the smallest set of likeliest tokens whose probability reaches top_p (at least one token). At
+    temperature 0 all probability is on the likeliest token.
+    """
+    logits = logits.float()
+    if params.allowed_token_ids:
+        allowed = list(params.allowed_token_ids)
+        logits = torch.full_like(logits, -torch.inf).index_copy_(-1, torch.tensor(allowed, device=logits.device), logits[:, allowed])
+    if params.temperature == 0:
+        best = torch.full_like(logits, -torch.inf)
+        return best.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if params.top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs  # probability of everything likelier
+        drop = (before >= params.top_p).scatter(-1, order, before >= params.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def draw(logprobs, uniforms):
+    """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: [rows] in [0, 1). Returns [rows]."""
+    cumulative = logprobs.exp().cumsum(-1)
+    threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
+
+
+def decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention of one new token a row against the cache; anything longer goes to PyTorch's own kernel.
+
+    query: [rows, heads, 1, width]; key, value: [rows, kv heads, cached, width]. Query heads that share a key head are
+    stacked instead of the keys being repeated for each: the cache is read once. On CPU this halves a decoding step.
+    """
+    rows, heads, length, width = query.shape
+    if length > 1 or kwargs.get("sliding_window"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads per kv head, width]
+    scores = grouped @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:  # [rows, 1, 1, cached], True where it may look
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    output = scores.float().softmax(-1).to(value.dtype) @ value
+    return output.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register("decode", decode_attention)
+AttentionMaskInterface.register("decode", sdpa_mask)
+
+
+class TransformersSampler:
+    """Batched sampling with a KV cache through a transformers model; needs nothing but torch.
+
+    model: the policy to copy. dtype: precision of the copy. stop_ids: tokens that end a response. max_batch_tokens:
+    prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
+    """
+
+    name = "transformers"
+
+    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768):
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        if self.model.device.type == "cpu":
+            self.model.set_attn_implementation("decode")
+        self.stop_ids = frozenset(stop_ids)
+        self.max_batch_tokens = max_batch_tokens
+
+    @torch.no_grad()
+    def sync(self, model):
+        """Copy the weights of `model`, so that what is sampled from now on comes from the updated policy."""
+        source = dict(model.named_parameters())
+        for name, weight in self.model.named_parameters():
+            weight.copy_(source[name])
+
+    @torch.inference_mode()
+    def sample(self, prompts, seeds, params):
+        """Yield a Response for every prompt as it finishes, in no fixed order.
+
+        prompts: list of token-id lists; seeds: one int each. Raises ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError("an empty prompt cannot be continued")
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory peaks early
+        while order:
+            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]]) + params.max_new_tokens))
+            batch, order = order[:rows], order[rows:]
+            yield from self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], batch, params)
+
+    def _sample_batch(self, prompts, seeds, indices, params):
+        device = self.model.device
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts)], device=device)  # [rows, longest]
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
+        cache = None
+        while rows:
+            output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            logprobs = filtered_logprobs(output.logits[:, -1], params)  # [rows, vocabulary]
+            tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], device=device))  # [rows]
+            chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() if params.logprobs else None
+            keep = []
+            for row, token in enumerate(tokens.tolist()):
+                response = rows[row][0]
+                response.token_ids.append(token)
+                if params.logprobs:
+                    response.logprobs.append(chosen[row])
+                response.finished = token in self.stop_ids
+                if response.finished or len(response.token_ids) == params.max_new_tokens:
+                    yield response
+                else:
+                    keep.append(row)
+            if len(keep) < len(rows):  # finished rows leave the batch at once
+                rows = [rows[row] for row in keep]
+                kept = torch.tensor(keep, device=device, dtype=torch.long)
+                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+                if rows:
+                    cache.batch_select_indices(kept)
+            ids = tokens.unsqueeze(-1)  # [rows, 1]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
+            positions = positions[:, -1:] + 1

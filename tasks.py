@@ -1,0 +1,213 @@
+"""Tasks: a question and its rubric, and where they come from.
+
+A rubric is a checklist: criteria with points, negative points for what a response should not do. Sources:
+
+    first_aid             bundled, 80 everyday health questions whose criteria code can check
+    healthbench           OpenAI's HealthBench, downloaded once and kept in the cache
+    some/file.jsonl       HealthBench's record format: prompt, prompt_id, rubrics [{criterion, points, tags}], example_tags
+    some/file.parquet     the official RuscaRL (verl) format: prompt, reward_model.rubrics
+
+Every defect of a file is an error that names file, line (row) and field; no record is dropped silently.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rules import rule_from_tags
+
+BUNDLED = Path(__file__).parent / "rubrics"
+HEALTHBENCH_URL = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/2025-05-07-06-14-12_oss_eval.jsonl"
+HEALTHBENCH_SHA256 = "e99dd3c6372c10d6fcc5e385c5fae69d0dd40392dae56836ef9493ae324ecd2f"
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One line of a rubric. points: positive for what is wanted, negative for what is not, never 0."""
+
+    text: str
+    points: float
+    tags: tuple = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A conversation that ends with the user's turn, and the rubric its answer is judged by."""
+
+    id: str
+    messages: list  # [{"role": "system" | "user" | "assistant", "content": str}]
+    rubric: tuple  # of Criterion
+    tags: tuple = ()
+
+
+def load_tasks(source, limit=None):
+    """Tasks of `source` (see the module's docstring), the first `limit` of them.
+
+    Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench
+    cannot be downloaded.
+    """
+    source = str(source)
+    if source == "healthbench":
+        path = _download_healthbench()
+    elif (BUNDLED / f"{source}.jsonl").is_file():
+        path = BUNDLED / f"{source}.jsonl"
+    else:
+        path = Path(source)
+        if path.suffix not in (".jsonl", ".parquet"):
+            bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
+            raise ValueError(f"unknown tasks {source!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
+        if not path.is_file():
+            raise FileNotFoundError(f"no such task file: {source}")
+    records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    tasks = []
+    seen = {}
+    for place, record in records:
+        if limit is not None and len(tasks) == limit:
+            break
+        task = _parse_task(record, place)
+        if task.id in seen:
+            raise ValueError(f"{place}: prompt_id: {task.id!r} was already used at {seen[task.id]}")
+        seen[task.id] = place
+        tasks.append(task)
+    if not tasks:
+        raise ValueError(f"{path}: no tasks in it")
+    return tasks
+
+
+def split_tasks(tasks, held_out):
+    """(train, held out): the `held_out` tasks whose hashed ids come first, whatever their order in the file.
+
+    Raises ValueError when nothing would be left to train on.
+    """
+    if held_out >= len(tasks):
+        raise ValueError(f"cannot hold out {held_out} of {len(tasks)} tasks and train on the rest: lower --held-out")
+    order = sorted(tasks, key=lambda task: hashlib.sha256(task.id.encode()).hexdigest())
+    chosen = {task.id for task in order[:held_out]}
+    return [t for t in tasks if t.id not in chosen], [t for t in tasks if t.id in chosen]
+
+
+def cache_dir():
+    """Where downloads are kept: $RUSCARL_CACHE, else $XDG_CACHE_HOME/ruscarl, else ~/.cache/ruscarl."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("RUSCARL_CACHE") or base / "ruscarl")
+
+
+def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
+    import requests  # only this source needs it
+
+    path = cache_dir() / "healthbench.jsonl"
+    if not path.is_file():
+        try:
+            answer = requests.get(url, timeout=60)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise ConnectionError(
+                f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the file as --tasks "
+                f"FILE.jsonl, or put it at {path}"
+            ) from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".part{os.getpid()}")
+        part.write_bytes(answer.content)
+        part.replace(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path}: SHA-256 is {found}, expected {sha256}: delete the file to download it again")
+    return path
+
+
+def _read_jsonl(path):
+    """(place, record) for every line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8")
+                if text.strip():
+                    yield place, json.loads(text)
+            except UnicodeDecodeError:
+                raise ValueError(f"{place}: not UTF-8 text") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: unreadable JSON: {error.msg} at column {error.colno}") from None
+            except RecursionError:
+                raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
+
+
+def _read_parquet(path):
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise ValueError(f"{path}: unreadable parquet file: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
+        model = row.get("reward_model")
+        if not isinstance(model, dict):
+            raise ValueError(f"{place}: reward_model: missing")
+        info = row.get("extra_info") or {}
+        yield place, {"prompt": row.get("prompt"), "rubrics": model.get("rubrics"), "prompt_id": info.get("prompt_id"),
+                      "example_tags": row.get("example_tags")}
+
+
+def _parse_task(record, place):
+    """A Task from a record in HealthBench's format; ValueError names the place and the field."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: a record must be a JSON object")
+    messages = _parse_messages(record.get("prompt"), place)
+    rubrics = record.get("rubrics")
+    if not isinstance(rubrics, list) or not rubrics:
+        raise ValueError(f"{place}: rubrics: missing or empty")
+    rubric = tuple(_parse_criterion(c, f"{place}: rubrics[{i}]") for i, c in enumerate(rubrics))
+    if not any(criterion.points > 0 for criterion in rubric):
+        raise ValueError(f"{place}: rubrics: no criterion has positive points, so no score is defined")
+    identity = record.get("prompt_id")
+    if identity is None:  # the official parquet files have none: the conversation and its rubric are its name
+        identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True).encode()).hexdigest()[:16]
+    elif not isinstance(identity, str) or not identity:
+        raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {identity!r}")
+    return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
+
+
+def _parse_messages(messages, place):
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{place}: prompt: no messages")
+    for i, message in enumerate(messages):
+        field = f"{place}: prompt[{i}]"
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"{field}.role: must be system, user or assistant")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise ValueError(f"{field}.content: must be a non-empty string")
+        if message["role"] == "system" and i > 0:
+            raise ValueError(f"{field}.role: a system message must come first")
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"{place}: prompt: the last message is from the {messages[-1]['role']}, not from the user")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _parse_criterion(record, field):
+    if not isinstance(record, dict):
+        raise ValueError(f"{field}: a criterion must be a JSON object")
+    text, points = record.get("criterion"), record.get("points")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{field}.criterion: must be a non-empty string")
+    if isinstance(points, bool) or not isinstance(points, (int, float)) or not math.isfinite(points):
+        raise ValueError(f"{field}.points: must be a number, got {points!r}")
+    if points == 0:
+        raise ValueError(f"{field}.points: 0 points: the criterion would do nothing")
+    tags = _parse_tags(record.get("tags"), f"{field}.tags")
+    try:
+        rule_from_tags(tags)
+    except ValueError as error:
+        raise ValueError(f"{field}.tags: {error}") from None
+    return Criterion(text, points, tags)
+
+
+def _parse_tags(tags, field):
+    if tags is None:
+        return ()
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"{field}: must be a list of strings")
+    return tuple(tags)

@@ -1,0 +1,121 @@
+"""A tiny random chat model, and a local HTTP server that misbehaves on request."""
+
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer():
+    """Byte-level BPE, 400 tokens, in which " true" and " false" are whole tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|start|>", "<|end|>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["it is true or it is false", "drink water and get some rest"] * 50, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>",
+                                   chat_template=CHAT_TEMPLATE)
+
+
+def tiny_model(seed=0, tied=True):
+    """Two layers, 32 wide, grouped key heads, float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                         attn_implementation="sdpa", initializer_range=0.2)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny tokenizer."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    """A fresh tiny model."""
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The tiny model as a transformers folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Server:
+    """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
+    body text), set by the test; `requests`: the bodies received."""
+
+    def __init__(self):
+        self.requests, self.answers = [], None
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(200, {}, json.dumps({"data": [{"id": "judge"}]}))
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body["_authorization"] = self.headers.get("Authorization")
+                server.requests.append(body)
+                self.reply(*server.answers(body, len(server.requests)))
+
+            def reply(self, status, headers, text):
+                try:
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(text.encode())))
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True  # the client had stopped waiting
+
+            def log_message(self, *args):
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self):
+        """Stop listening."""
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def completion(text, finish_reason="stop"):
+    """A chat completion as (status, headers, body)."""
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return 200, {}, json.dumps({"choices": [choice], "usage": {"prompt_tokens": 10, "completion_tokens": 5}})
+
+
+@pytest.fixture
+def server():
+    """A running Server."""
+    server = Server()
+    yield server
+    server.close()
