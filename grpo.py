@@ -211,7 +211,7 @@ def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
 
 
 def update(model, optimizer, mini_batches, *, reference=None, kl_coef=0.0, clip_low=0.2, clip_high=0.2, dual_clip=None,
-           temperature=1.0, max_grad_norm=1.0, token_budget=4096, autocast=None, on_pack=lambda: None):
+           temperature=1.0, max_grad_norm=1.0, token_budget=4096, autocast=None, on_pack=None):
     """One optimiser step for each mini-batch (a list of Sample); returns statistics averaged over response tokens.
 
     The sum over a mini-batch's tokens is divided by their number, so the gradient is the same for every token_budget.
@@ -219,55 +219,60 @@ def update(model, optimizer, mini_batches, *, reference=None, kl_coef=0.0, clip_
     and where the denominator conditions on another prompt. A step whose gradient is not finite is skipped and counted.
     reference: frozen model, needed where kl_coef > 0. autocast: dtype to compute in, or None for the weights' own.
     on_pack: called after each pack, for a progress bar.
+    Returns loss, entropy, clip_fraction, approx_kl, kl (with a reference), grad_norm (mean over the steps, before
+    clipping), skipped_steps and tokens.
     """
+    if kl_coef and reference is None:
+        raise ValueError(f"kl_coef {kl_coef} needs a reference model")
     device = next(model.parameters()).device
 
-    def precision():
-        return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    def packs_of(batch):
+        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
+            yield pack, [batch[i] for i in pack.members]
 
+    def loss_of(pack, members):
+        """(loss summed over the pack's tokens, sums of statistics)"""
+        logp, entropy = response_logprobs(model, pack, temperature, with_entropy=True)  # [response tokens] each
+        lengths = [len(s.response_ids) for s in members]
+        for sample, part in zip(members, logp.detach().cpu().split(lengths)):
+            if sample.old_logp is None:
+                sample.old_logp = part
+        old_logp = torch.cat([s.old_logp for s in members]).to(device)
+        advantages = torch.tensor([s.advantage for s in members]).repeat_interleave(torch.tensor(lengths)).to(device)
+        losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
+        sums = {"entropy": entropy.sum(), "clip_fraction": clipped.sum(), "approx_kl": (old_logp - logp.detach()).sum()}
+        if reference is not None:
+            with torch.no_grad():
+                ref_logp, _ = response_logprobs(reference, pack, temperature)
+            kl = kl_k3(logp, ref_logp)
+            losses = losses + kl_coef * kl
+            sums["kl"] = kl.detach().sum()
+        return losses.sum(), {**sums, "loss": losses.detach().sum()}
+
+    totals, grad_norms = defaultdict(float), []
+    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
     stale = [s for k, batch in enumerate(mini_batches) for s in batch if k > 0 or s.old_prompt_ids != s.prompt_ids]
-    with precision():
-        found = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
-                                temperature)
-    for sample, logp in zip(stale, found):
+    with precision:
+        old = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
+                              temperature)
+    for sample, logp in zip(stale, old):
         sample.old_logp = logp
-
-    totals, tokens_seen, grad_norms, skipped = defaultdict(float), 0, [], 0
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
-        optimizer.zero_grad(set_to_none=True)
-        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
-            members = [batch[i] for i in pack.members]
-            lengths = [len(s.response_ids) for s in members]
-            with precision():
-                logp, entropy = response_logprobs(model, pack, temperature, with_entropy=True)
-                if reference is not None:
-                    with torch.no_grad():
-                        ref_logp, _ = response_logprobs(reference, pack, temperature)
-            for sample, part in zip(members, logp.detach().split(lengths)):
-                if sample.old_logp is None:
-                    sample.old_logp = part.cpu()
-            old_logp = torch.cat([s.old_logp for s in members]).to(device)
-            advantages = torch.repeat_interleave(torch.tensor([s.advantage for s in members], device=device),
-                                                 torch.tensor(lengths, device=device))  # [response tokens]
-            losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
-            if reference is not None:
-                kl = kl_k3(logp, ref_logp)
-                losses = losses + kl_coef * kl
-                totals["kl"] += kl.sum().item()
-            (losses.sum() / tokens).backward()
-            totals["loss"] += losses.sum().item()
-            totals["entropy"] += entropy.sum().item()
-            totals["clip_fraction"] += clipped.sum().item()
-            totals["approx_kl"] += (old_logp - logp.detach()).sum().item()
-            on_pack()
-        tokens_seen += tokens
+        for pack, members in packs_of(batch):
+            with precision:
+                loss, sums = loss_of(pack, members)
+            (loss / tokens).backward()
+            for name, value in sums.items():
+                totals[name] += value.item()
+            if on_pack:
+                on_pack()
+        totals["tokens"] += tokens
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         grad_norms.append(norm)
         if math.isfinite(norm):
             optimizer.step()
-        else:
-            skipped += 1
-    optimizer.zero_grad(set_to_none=True)
-    stats = {name: total / max(tokens_seen, 1) for name, total in totals.items()}
-    return {**stats, "grad_norm": sum(grad_norms) / len(grad_norms), "skipped_steps": skipped, "tokens": tokens_seen}
+        optimizer.zero_grad(set_to_none=True)
+    tokens = totals.pop("tokens")
+    return {**{name: total / tokens for name, total in totals.items()}, "grad_norm": sum(grad_norms) / len(grad_norms),
+            "skipped_steps": sum(not math.isfinite(norm) for norm in grad_norms), "tokens": tokens}

@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 
 from chat import ChatError
 from rules import rule_from_tags
@@ -161,9 +161,9 @@ class Judge:
     Raises ValueError in `submit` for a criterion without a rule when there is no llm.
     """
 
-    def __init__(self, llm=None, threads=4):
+    def __init__(self, llm=None):
         self.llm = llm
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rules")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rules")  # one: rules take microseconds
         self._rules = Counter()
 
     def submit(self, task, text):
@@ -196,6 +196,6 @@ class Judge:
         return self._rules["calls"], self._rules["seconds"], None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rule(tags):
     return rule_from_tags(tags)

@@ -9,7 +9,8 @@ decided). Each rule is a factory that checks its parameters when the task file i
 """
 
 import json
-from concurrent.futures import ProcessPoolExecutor, TimeoutError as FutureTimeout
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from multiprocessing import get_context
 
 import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -20,30 +21,36 @@ MAY_CHANGE = {"name", "runs", "resume", "eval_every", "save_every", "judge_url",
 
 
 class Run:
-    """A run's folder, made new or, with config.resume, opened again.
+    """A run's folder. Making a Run checks that the name is free or, with config.resume, that it can be continued;
+    `open` then makes the folder, so that a run that never starts leaves nothing behind.
 
     Raises FileExistsError or FileNotFoundError for a name that is taken or has nothing to resume, ValueError for a
-    resumed run whose config differs.
+    resumed run whose config differs or a tracker that is not installed.
     """
 
     def __init__(self, config):
         if config.resume and not config.name:
             config.name = self._newest(Path(config.runs))
+        if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+            raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
+        self.config = config
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
-        written = self.folder / "config.json"
+        self._config_file = self.folder / "config.json"
         if config.resume:
-            if not written.is_file():
+            if not self._config_file.is_file():
                 raise FileNotFoundError(f"no run to resume at {self.folder}")
-            self._check_same(json.loads(written.read_text()), config)
+            self._check_same(json.loads(self._config_file.read_text()), config)
             if self.last_checkpoint() is None:
                 raise FileNotFoundError(f"{self.folder} has no checkpoint to resume from")
-        else:
-            if self.folder.exists():
-                raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
-            (self.folder / "rollouts").mkdir(parents=True)
-            written.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        self._tracker = _tracker(config.tracker, self.folder, config)
+        elif self.folder.exists():
+            raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
+
+    def open(self):
+        """Make the folder and connect the tracker."""
+        (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        self._config_file.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        self._tracker = _tracker(self.config.tracker, self.folder, self.config)
 
     @staticmethod
     def _newest(runs):
@@ -70,11 +77,6 @@ class Run:
     def rows(self):
         """The rows of metrics.jsonl so far."""
         return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
-
-    def last_step(self):
-        """The step of the last row, -1 when there is none."""
-        rows = self.rows()
-        return rows[-1]["step"] if rows else -1
 
     def save_rollouts(self, name, rollouts):
         """rollouts/<name>.jsonl, a line a Rollout."""
@@ -161,24 +163,21 @@ class Run:
 
 
 def _tracker(name, folder, config):
-    """A function (numbers, step) that sends them to `name`; ValueError in one line when the package is missing."""
-    if name == "none":
-        return lambda numbers, step: None
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    """A function (numbers, step) that sends them to `name`."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(folder / "tensorboard")
+        writer = SummaryWriter(folder / "tensorboard")
 
-            def send(numbers, step):
-                for key, value in numbers.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
+        def send(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-            return send
+        return send
+    if name == "wandb":
         import wandb
 
         run = wandb.init(project="ruscarl", name=config.name, dir=folder, config=dataclasses.asdict(config))
         return lambda numbers, step: run.log(numbers, step=step)
-    except ImportError:
-        raise ValueError(f"--tracker {name} needs the package: pip install {name}") from None
+    return lambda numbers, step: None

@@ -26,7 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spi
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -35,32 +34,14 @@ from tqdm import tqdm
 import grpo
 import report
 from chat import ChatClient
-from judge import ChatJudge, Judge, SelfJudge, score
+from judge import ChatJudge, Judge, SelfJudge
 from policy import cpu_dtype, keep_freed_memory, load_policy, prompt_ids, save_policy, stop_ids
+from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
 from rules import rule_from_tags
 from runs import Run
 from sampler import SamplingParams, TransformersSampler, address_seed
-from scaffold import choose_criteria, scaffold_messages, scaffold_ratios
-from tasks import Task, load_tasks, split_tasks
-
-
-@dataclass
-class Rollout:
-    """One response from question to advantage. A group is known by its number, never by its prompt."""
-
-    task: Task
-    group: int
-    sample: int  # 0..G-1; the first sees most of the scaffold, the last nothing
-    shown: list  # the criteria in the scaffold
-    prompt_ids: list  # what was sampled from
-    plain_ids: list  # the question without scaffold
-    response_ids: list = field(default_factory=list)
-    sampled_logp: list = field(default_factory=list)  # of each response token, as the sampler saw it
-    text: str = ""
-    finished: bool = False
-    verdicts: list = field(default_factory=list)
-    reward: float | None = None
-    advantage: float = 0.0
+from scaffold import scaffold_messages, scaffold_ratios
+from tasks import load_tasks, split_tasks
 
 
 def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0):
@@ -78,7 +59,7 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
             ratios = scaffold_ratios(step, config.steps, config.group_size, decay=config.decay, pattern=config.pattern,
                                      midpoint=config.midpoint, steepness=config.steepness, power=config.power,
                                      full_samples=config.full_samples)
-            rollouts = make_rollouts(config, step, batch, ratios, tokenizer)
+            rollouts = make_rollouts(batch, ratios, tokenizer, (config.seed, step))
             row |= sample_and_judge(rollouts, (config.seed, step), sampler, judge, tokenizer, params, bar)
             stop_if_unjudged(config, row["judge/unknown"], judge)
             set_advantages(rollouts, config.group_size)
@@ -95,9 +76,8 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
                 bar.set_description("saving")
                 run.save_checkpoint(step + 1, policy, optimizer)
             report.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
-        if run.last_step() < config.steps:
-            final = {"step": config.steps}
-            run.log(final | evaluate(config, config.steps, sampler, judge, tokenizer, held_out, params, run, bar))
+        scores = evaluate(config, config.steps, sampler, judge, tokenizer, held_out, params, run, bar)
+        run.log({"step": config.steps, **scores})
 
 
 def tasks_of_step(config, step, tasks):
@@ -109,51 +89,6 @@ def tasks_of_step(config, step, tasks):
         random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(order)
         batch.append(tasks[order[index]])
     return batch
-
-
-def make_rollouts(config, step, batch, ratios, tokenizer):
-    """One empty Rollout for each sample of each task, with its own draw of criteria in its prompt."""
-    rollouts = []
-    for group, task in enumerate(batch):
-        plain = prompt_ids(tokenizer, task.messages)
-        for sample, ratio in enumerate(ratios):
-            rng = random.Random(address_seed(config.seed, "scaffold", step, group, sample))
-            shown = choose_criteria(task.rubric, ratio, rng)
-            prompt = prompt_ids(tokenizer, scaffold_messages(task.messages, shown)) if shown else plain
-            rollouts.append(Rollout(task, group, sample, shown, prompt, plain))
-    return rollouts
-
-
-def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
-    """Fill in response, verdicts and reward; each response goes to the judge while others are still sampled.
-
-    address: prefix of the seeds, completed by group and sample. Returns times, unknown verdicts and judge latency.
-    """
-    start = time.monotonic()
-    calls, seconds, _ = judge.counts()
-    futures = [None] * len(rollouts)
-    seeds = [address_seed(*address, r.group, r.sample) for r in rollouts]
-    for done, response in enumerate(sampler.sample([r.prompt_ids for r in rollouts], seeds, params), 1):
-        rollout = rollouts[response.index]
-        rollout.response_ids, rollout.finished = response.token_ids, response.finished
-        rollout.sampled_logp = response.logprobs
-        rollout.text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
-        futures[response.index] = judge.submit(rollout.task, rollout.text)
-        bar.set_description(f"sampling {done}/{len(rollouts)}")
-    sampled = time.monotonic()
-    bar.set_description("judging")
-    judge.finish()
-    for rollout, verdicts in zip(rollouts, futures):
-        rollout.verdicts = [verdict.result() for verdict in verdicts]
-        rollout.reward = score(rollout.task.rubric, rollout.verdicts)
-    calls_after, seconds_after, _ = judge.counts()
-    verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
-    return {
-        "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
-        "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
-        "time/sample": sampled - start,
-        "time/judge": time.monotonic() - start,  # from the first response on: it overlaps time/sample
-    }
 
 
 def stop_if_unjudged(config, unknown, judge):
@@ -195,46 +130,15 @@ def update_policy(config, rollouts, policy, reference, optimizer, bar):
     return row
 
 
-def rollout_metrics(rollouts, group_size):
-    """Rewards, lengths and pass rates of a step's rollouts."""
-    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
-    rewards = [r.reward for r in rollouts if r.reward is not None]
-    plain = [r.reward for r in rollouts if r.reward is not None and not r.shown]
-    spreads = [numpy.ptp(known) for group in groups
-               if len(known := [r.reward for r in group if r.reward is not None]) > 1]
-    return {
-        "reward/mean": float(numpy.mean(rewards)) if rewards else None,
-        "reward/std": float(numpy.std(rewards)) if rewards else None,
-        "reward/unscaffolded": float(numpy.mean(plain)) if plain else None,
-        "reward/zero_variance_groups": float(numpy.mean([spread < 1e-9 for spread in spreads])) if spreads else None,
-        "response/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
-        "response/truncated": float(numpy.mean([not r.finished for r in rollouts])),
-        "pass_rate": pass_rates(rollouts),
-    }
-
-
-def pass_rates(rollouts):
-    """{criterion: share of the responses that meet it}, for criteria that more than one task of the batch has."""
-    verdicts, owners = defaultdict(list), defaultdict(set)
-    for r in rollouts:
-        for criterion, met in zip(r.task.rubric, r.verdicts):
-            if met is not None:
-                verdicts[criterion.text].append(met)
-                owners[criterion.text].add(r.task.id)
-    return {text: sum(met) / len(met) for text, met in sorted(verdicts.items()) if len(owners[text]) > 1}
-
-
 def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar):
     """Score of the policy on the held-out tasks without scaffold: mean over tasks and its bootstrap standard error.
 
     Every evaluation of a run draws with the same seeds. Not clipped, so that progress below 0 can be seen.
     """
     began = time.monotonic()
-    rollouts = []
-    for group, task in enumerate(held_out):
-        plain = prompt_ids(tokenizer, task.messages)
-        rollouts += [Rollout(task, group, sample, [], plain, plain) for sample in range(config.eval_samples)]
-    judged = sample_and_judge(rollouts, (config.seed, "eval"), sampler, judge, tokenizer, params, bar)
+    address = (config.seed, "eval")
+    rollouts = make_rollouts(held_out, [0.0] * config.eval_samples, tokenizer, address)
+    judged = sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar)
     stop_if_unjudged(config, judged["judge/unknown"], judge)
     run.save_rollouts(f"eval_{step:05d}", rollouts)
     by_task = defaultdict(list)
@@ -305,10 +209,11 @@ def main(config: Config):
             raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
         run = Run(config)
         keep_freed_memory()
-        device = "cuda" if config.device == "cuda" or config.device == "auto" and torch.cuda.is_available() else "cpu"
+        device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
         policy, tokenizer = load_policy(config.model, device)
         reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
         tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
+        run.open()
     except (ValueError, OSError) as error:
         print(f"ruscarl.py: error: {error}", file=sys.stderr)
         return 2
@@ -321,6 +226,9 @@ def main(config: Config):
     except RuntimeError as error:
         print(f"ruscarl.py: stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"ruscarl.py: interrupted; continue with --resume --name {config.name}", file=sys.stderr)
+        return 130
     save_policy(policy, tokenizer, run.folder / "policy")
     run.draw_curves()
     report.summary(run, config)

@@ -12,20 +12,20 @@ import math
 def group_ratios(group_size, pattern="linear", full_samples=1):
     """In-group ratios lambda_group, one a sample, first to last; in [0, 1].
 
-    linear: (G - i) / (G - 1) for i = 1..G. binary: 1 for the first `full_samples`, 0 for the others. none: all 0.
+    linear: (G - i) / (G - 1) for i = 1..G. binary: 1 for the first `full_samples` (all, if there are fewer), 0 for the others. none: all 0.
     The lone sample of a group of one sees nothing: there is no plain sample beside it to learn from.
-    Raises ValueError for an unknown pattern, group_size < 1 or full_samples outside 0..group_size (binary only).
+    Raises ValueError for an unknown pattern, group_size < 1 or full_samples < 0.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if pattern not in PATTERNS:
         raise ValueError(f"unknown pattern {pattern!r} (known: {', '.join(PATTERNS)})")
-    if pattern == "binary" and not 0 <= full_samples <= group_size:
-        raise ValueError(f"full_samples must be between 0 and group_size {group_size}, got {full_samples}")
+    if full_samples < 0:
+        raise ValueError(f"full_samples must not be negative, got {full_samples}")
     if pattern == "none" or group_size == 1:
         return [0.0] * group_size
     if pattern == "binary":
-        return [1.0] * full_samples + [0.0] * (group_size - full_samples)
+        return [1.0 if i < full_samples else 0.0 for i in range(group_size)]
     return [(group_size - i) / (group_size - 1) for i in range(1, group_size + 1)]
 
 

@@ -11,6 +11,7 @@ Every defect of a file is an error that names file, line (row) and field; no rec
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -64,9 +65,7 @@ def load_tasks(source, limit=None):
     records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     tasks = []
     seen = {}
-    for place, record in records:
-        if limit is not None and len(tasks) == limit:
-            break
+    for place, record in itertools.islice(records, limit):
         task = _parse_task(record, place)
         if task.id in seen:
             raise ValueError(f"{place}: prompt_id: {task.id!r} was already used at {seen[task.id]}")

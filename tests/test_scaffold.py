@@ -44,7 +44,7 @@ def test_a_run_of_one_step_is_at_its_beginning():
 
 @pytest.mark.parametrize("call", [
     lambda: group_ratios(4, "linera"), lambda: step_ratio(0.5, "sigmod"), lambda: step_ratio(1.5),
-    lambda: group_ratios(0), lambda: group_ratios(4, "binary", 5), lambda: scaffold_ratios(10, 10, 4),
+    lambda: group_ratios(0), lambda: group_ratios(4, "binary", -1), lambda: scaffold_ratios(10, 10, 4),
 ])
 def test_bad_arguments_raise(call):
     with pytest.raises(ValueError):

@@ -1,0 +1,113 @@
+"""Rollouts: one response each, from question to reward.
+
+The scaffold is in the prompt that a response is sampled from; the plain question is kept beside it, for the update.
+"""
+
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy
+
+from judge import score
+from policy import prompt_ids
+from sampler import address_seed
+from scaffold import choose_criteria, scaffold_messages
+from tasks import Task
+
+
+@dataclass
+class Rollout:
+    """One response from question to advantage. A group is known by its number, never by its prompt."""
+
+    task: Task
+    group: int
+    sample: int  # 0..G-1; the first sees most of the scaffold, the last nothing
+    shown: list  # the criteria in the scaffold
+    prompt_ids: list  # what was sampled from
+    plain_ids: list  # the question without scaffold
+    response_ids: list = field(default_factory=list)
+    sampled_logp: list = field(default_factory=list)  # of each response token, as the sampler saw it
+    text: str = ""
+    finished: bool = False
+    verdicts: list = field(default_factory=list)
+    reward: float | None = None
+    advantage: float = 0.0
+
+
+def make_rollouts(batch, ratios, tokenizer, address):
+    """One empty Rollout for each sample of each task of `batch`, with its own draw of criteria in its prompt.
+
+    ratios: share of the rubric that each sample of a group sees. address: (seed, step), completed by group and sample.
+    """
+    rollouts = []
+    for group, task in enumerate(batch):
+        plain = prompt_ids(tokenizer, task.messages)
+        for sample, ratio in enumerate(ratios):
+            rng = random.Random(address_seed("scaffold", *address, group, sample))
+            shown = choose_criteria(task.rubric, ratio, rng)
+            prompt = prompt_ids(tokenizer, scaffold_messages(task.messages, shown)) if shown else plain
+            rollouts.append(Rollout(task, group, sample, shown, prompt, plain))
+    return rollouts
+
+
+def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
+    """Fill in response, verdicts and reward; each response goes to the judge while others are still sampled.
+
+    address: prefix of the seeds, completed by group and sample. Returns times, unknown verdicts and judge latency.
+    """
+    start = time.monotonic()
+    calls, seconds, _ = judge.counts()
+    futures = [None] * len(rollouts)
+    seeds = [address_seed(*address, r.group, r.sample) for r in rollouts]
+    for done, response in enumerate(sampler.sample([r.prompt_ids for r in rollouts], seeds, params), 1):
+        rollout = rollouts[response.index]
+        rollout.response_ids, rollout.finished = response.token_ids, response.finished
+        rollout.sampled_logp = response.logprobs
+        rollout.text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
+        futures[response.index] = judge.submit(rollout.task, rollout.text)
+        bar.set_description(f"sampling {done}/{len(rollouts)}")
+    sampled = time.monotonic()
+    bar.set_description("judging")
+    judge.finish()
+    for rollout, verdicts in zip(rollouts, futures):
+        rollout.verdicts = [verdict.result() for verdict in verdicts]
+        rollout.reward = score(rollout.task.rubric, rollout.verdicts)
+    calls_after, seconds_after, _ = judge.counts()
+    verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
+    return {
+        "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
+        "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
+        "time/sample": sampled - start,
+        "time/judge": time.monotonic() - start,  # from the first response on: it overlaps time/sample
+    }
+
+
+def rollout_metrics(rollouts, group_size):
+    """Rewards, lengths and pass rates of a step's rollouts."""
+    groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    plain = [r.reward for r in rollouts if r.reward is not None and not r.shown]
+    spreads = [numpy.ptp(known) for group in groups
+               if len(known := [r.reward for r in group if r.reward is not None]) > 1]
+    return {
+        "reward/mean": float(numpy.mean(rewards)) if rewards else None,
+        "reward/std": float(numpy.std(rewards)) if rewards else None,
+        "reward/unscaffolded": float(numpy.mean(plain)) if plain else None,
+        "reward/zero_variance_groups": float(numpy.mean([spread < 1e-9 for spread in spreads])) if spreads else None,
+        "response/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
+        "response/truncated": float(numpy.mean([not r.finished for r in rollouts])),
+        "pass_rate": pass_rates(rollouts),
+    }
+
+
+def pass_rates(rollouts):
+    """{criterion: share of the responses that meet it}, for criteria that more than one task of the batch has."""
+    verdicts, owners = defaultdict(list), defaultdict(set)
+    for r in rollouts:
+        for criterion, met in zip(r.task.rubric, r.verdicts):
+            if met is not None:
+                verdicts[criterion.text].append(met)
+                owners[criterion.text].add(r.task.id)
+    return {text: sum(met) / len(met) for text, met in sorted(verdicts.items()) if len(owners[text]) > 1}

@@ -1,0 +1,127 @@
+"""The chat client against a real HTTP server that misbehaves."""
+
+import socket
+import time
+
+import pytest
+
+from chat import ChatClient, ChatError
+from conftest import Server, completion
+from judge import VERDICT_SCHEMA, parse_verdict
+
+GOOD = completion('{"explanation": "x", "criteria_met": true}')
+ASK = [{"role": "user", "content": "?"}]
+
+
+def client(*servers, **options):
+    options = {"first_pause": 0.01, "retries": 3, "timeout": 5, **options}
+    return ChatClient([s if isinstance(s, str) else s.url for s in servers], "judge", **options)
+
+
+def verdict(c):
+    return c.complete(ASK, parse=parse_verdict, schema=VERDICT_SCHEMA)
+
+
+@pytest.mark.parametrize("bad", [
+    (500, {}, "oops"), (503, {}, ""), (429, {}, ""), completion(""), completion("   "),
+    completion('{"explanation": "cut'), completion('{"criteria_met": True}'), completion("The answer is yes."),
+    completion('{"criteria_met": true} {"criteria_met": false}'), (200, {}, "not json"), (200, {}, "{}"),
+    (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+    completion('{"explanation": "x", "criteria_met": true}', finish_reason="length"),
+])
+def test_what_passes_is_tried_again(server, bad):
+    server.answers = lambda body, n: bad if n < 3 else GOOD
+    c = client(server)
+    assert verdict(c) is True
+    assert len(server.requests) == 3 and c.counts["tries"] == 3 and c.counts["calls"] == 1
+    assert c.counts["failures"] == 0
+
+
+def test_tries_end(server):
+    server.answers = lambda body, n: completion("never JSON")
+    c = client(server)
+    with pytest.raises(ChatError, match="no JSON object .*4 tries"):
+        verdict(c)
+    assert len(server.requests) == 4 and c.counts["failures"] == 1 and "no JSON object" in c.last_error
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 413])
+def test_the_clients_own_mistakes_are_not_tried_again(server, status):
+    server.answers = lambda body, n: (status, {}, '{"error": {"message": "your fault"}}')
+    with pytest.raises(ChatError, match=f"HTTP {status}: your fault"):
+        verdict(client(server))
+    assert len(server.requests) == 1
+
+
+def test_a_server_without_structured_output_is_asked_without(server):
+    server.answers = lambda body, n: (400, {}, "no response_format") if "response_format" in body else GOOD
+    c = client(server)
+    assert verdict(c) is True and verdict(c) is True
+    assert ["response_format" in r for r in server.requests] == [True, False, False]
+
+
+def test_a_400_for_another_reason_is_final(server):
+    server.answers = lambda body, n: (400, {}, '{"error": {"message": "prompt too long"}}')
+    with pytest.raises(ChatError, match="prompt too long"):
+        verdict(client(server))
+    assert len(server.requests) == 2  # with and without response_format
+
+
+def test_retry_after_is_honoured(server):
+    server.answers = lambda body, n: (429, {"Retry-After": "0.7"}, "") if n == 1 else GOOD
+    start = time.monotonic()
+    assert verdict(client(server)) is True
+    assert 0.7 <= time.monotonic() - start < 3
+
+
+def test_a_server_that_hangs_is_left(server):
+    server.answers = lambda body, n: time.sleep(1.5) or GOOD if n == 1 else GOOD
+    c = client(server, timeout=0.5)
+    assert verdict(c) is True and c.counts["tries"] == 2
+
+
+def test_nobody_listening():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
+    with pytest.raises(ChatError, match="ConnectionError .*2 tries"):
+        verdict(client(url, retries=1))
+    with pytest.raises(ConnectionError, match="no server answers"):
+        client(url).check()
+
+
+def test_two_servers_share_the_work_and_one_may_die():
+    first, second = Server(), Server()
+    for s in (first, second):
+        s.answers = lambda body, n: time.sleep(0.05) or GOOD
+    c = client(first, second, concurrency=8)
+    assert all(f.result() is not None for f in [c.submit(ASK) for _ in range(24)])
+    assert min(len(first.requests), len(second.requests)) >= 6
+    first.close()
+    assert all(f.result() is not None for f in [c.submit(ASK) for _ in range(16)])
+    assert c.counts["failures"] == 0
+    second.close()
+
+
+def test_request_counts_key_and_extra(server, monkeypatch, capfd):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    server.answers = lambda body, n: GOOD if n == 1 else (500, {}, "oops")
+    c = client(server, key_variable="JUDGE_KEY", extra={"chat_template_kwargs": {"enable_thinking": False}}, retries=0)
+    verdict(c)
+    body = server.requests[0]
+    assert body["temperature"] == 0 and body["model"] == "judge" and body["_authorization"] == "Bearer sk-secret"
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert body["response_format"]["json_schema"]["schema"] == VERDICT_SCHEMA
+    assert c.counts["prompt_tokens"] == 10 and c.counts["completion_tokens"] == 5 and c.counts["seconds"] > 0
+    with pytest.raises(ChatError) as error:
+        verdict(c)
+    printed = capfd.readouterr()
+    assert "sk-secret" not in str(error.value) + c.last_error + printed.out + printed.err + repr(vars(c))
+
+
+def test_check_finds_the_model(server):
+    c = ChatClient([server.url], "")
+    c.check()
+    assert c.model == "judge"
+    with pytest.raises(ValueError, match="does not serve 'other'; it serves judge"):
+        ChatClient([server.url], "other").check()

@@ -1,0 +1,185 @@
+"""The real command line, end to end, on a tiny random model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT, completion
+
+RUN = "ruscarl.py"
+
+
+def command(*args, env=None, timeout=120):
+    """(exit status, stdout, stderr, seconds) of a command in the project's folder."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+@pytest.fixture
+def tiny(model_folder, tmp_path):
+    """Flags of a run of seconds, on questions about which letters a response has."""
+    path = tmp_path / "letters.jsonl"
+    rubric = [{"criterion": f"Has the letter {letter}.", "points": (-1) ** i * (i + 1),
+               "tags": ["verifier:rule", "function:regex", json.dumps({"pattern": letter}).join(["parameters:", ""])]}
+              for i, letter in enumerate("aeioustn")]
+    path.write_text("".join(json.dumps({"prompt_id": str(i), "rubrics": rubric,
+                                        "prompt": [{"role": "user", "content": f"Question {i}?"}]}) + "\n" for i in range(12)))
+    return ["--model", model_folder, "--tasks", path, "--runs", tmp_path / "runs", "--steps", "4",
+            "--group-size", "4", "--batch-size", "2", "--mini-batch-size", "1", "--max-new-tokens", "12", "--lr", "1e-3",
+            "--held-out", "3", "--eval-every", "2", "--eval-samples", "2", "--save-every", "2", "--temperature", "1",
+            "--top-p", "1", "--top-k", "0", "--max-prompt-tokens", "1000", "--dtype", "float32"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_whole_run(tiny, tmp_path):
+    status, out, err, _ = command(RUN, *tiny, "--name", "a")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "a"
+    rows = read(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4]
+    every_step = {"reward/mean", "reward/std", "reward/unscaffolded", "reward/zero_variance_groups", "scaffold/ratio",
+                  "loss", "kl", "entropy", "clip_fraction", "grad_norm", "response/length", "response/truncated",
+                  "judge/unknown", "judge/seconds_per_call", "gap/mean", "gap/max", "time/sample", "time/judge",
+                  "time/update", "time/step", "tokens_per_second"}
+    assert all(every_step <= set(row) for row in rows[:-1])
+    assert rows[0]["kl"] < rows[3]["kl"]  # the policy leaves the reference
+    assert max(row["gap/max"] for row in rows[:-1]) < 1e-3  # and the sampler follows the policy
+    rollouts = read(folder / "rollouts" / "step_00000.jsonl")
+    assert [(r["group"], r["sample"]) for r in rollouts] == [(g, s) for g in range(2) for s in range(4)]
+    shown = [sum(c["shown"] for c in r["criteria"]) for r in rollouts]
+    sizes = [len(r["criteria"]) for r in rollouts]
+    # at step 0 lambda_step is 1, so the first sample of each group sees everything and the last nothing
+    assert shown[0] == sizes[0] and shown[4] == sizes[4] and shown[3] == shown[7] == 0
+    for group in (rollouts[:4], rollouts[4:]):
+        assert sum(r["advantage"] for r in group) == pytest.approx(0, abs=1e-6)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 4 and config["kl"] == 1e-3 and config["steepness"] == 125  # --model: the paper's preset
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "before" in out and "after" in out and "reward" in err + out
+    trained = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    start = AutoModelForCausalLM.from_pretrained(tiny[1])
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    status, _, err, _ = command(RUN, *tiny, "--name", "a")
+    assert status == 2 and "exists" in err
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and
+             k not in ("tokens_per_second", "judge/seconds_per_call")} for row in rows]
+
+
+def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
+    status, _, err, _ = command(RUN, *tiny, "--name", "whole")
+    assert status == 0, err
+    process = subprocess.Popen([sys.executable, RUN, *map(str, tiny), "--name", "cut", "--save-every", "1"], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    checkpoints = tmp_path / "runs" / "cut" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    status, _, err, _ = command(RUN, *tiny, "--name", "cut", "--resume")
+    assert status == 0, err
+    whole, cut = (without_times(read(tmp_path / "runs" / name / "metrics.jsonl")) for name in ("whole", "cut"))
+    assert whole == cut
+    weights = [(tmp_path / "runs" / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    status, _, err, _ = command(RUN, *tiny, "--name", "cut", "--resume", "--lr", "0.5")
+    assert status == 2 and "lr was 0.001, is 0.5" in err
+
+
+def test_an_llm_judge_over_http_and_one_that_fails(tiny, tmp_path, server):
+    record = {"prompt_id": "{}", "prompt": [{"role": "user", "content": "Hello?"}],
+              "rubrics": [{"criterion": "Is kind.", "points": 5, "tags": []},
+                          {"criterion": "Is rude.", "points": -3, "tags": []}]}
+    path = tmp_path / "open.jsonl"
+    path.write_text("".join(json.dumps({**record, "prompt_id": str(i)}) + "\n" for i in range(8)))
+    server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": n % 3 == 0}))
+    flags = [*tiny, "--tasks", path, "--judge-url", server.url, "--steps", "1"]
+    status, _, err, _ = command(RUN, *flags, "--name", "judged")
+    assert status == 0, err
+    assert len(server.requests) == 2 * (3 * 2 + 2 * 4 + 3 * 2)  # two criteria: evaluation, step, evaluation
+    server.answers = lambda body, n: (404, {}, '{"error": {"message": "gone"}}')
+    status, _, err, _ = command(RUN, *flags, "--name", "failed")
+    assert status == 1 and "100% of the verdicts could not be had" in err and "gone" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("ratio", ["unbiased", "scaffolded"])
+def test_the_policy_as_its_own_judge_and_the_other_ratios(tiny, tmp_path, ratio):
+    path = tmp_path / "open.jsonl"
+    rubric = [{"criterion": f"Is {word}.", "points": 1, "tags": []} for word in ("kind", "clear", "short", "calm")]
+    path.write_text("".join(json.dumps({"prompt_id": str(i), "rubrics": rubric,
+                                        "prompt": [{"role": "user", "content": f"Hello {i}?"}]}) + "\n" for i in range(8)))
+    status, _, err, _ = command(RUN, *tiny, "--tasks", path, "--judge", "self", "--ratio", ratio, "--name", "self")
+    assert status == 0, err
+    assert "judges itself" in err and "Qwen3-32B" in err
+    rows = read(tmp_path / "runs" / "self" / "metrics.jsonl")
+    assert all(row["judge/unknown"] == 0 for row in rows[:-1])
+
+
+def test_mistakes_are_one_line_and_status_2(tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    good = {"prompt": [{"role": "user", "content": "Hi"}], "rubrics": [{"criterion": "c", "points": 1}]}
+    lines = [json.dumps({**good, "prompt_id": str(i)}) for i in range(9)]
+    broken.write_text("\n".join([*lines[:6], '{"prompt": [', *lines[7:]]))
+    for flags, message in [
+        (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
+        (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
+        (["--decay", "sigmod"], "sigmoid"), (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
+        (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"), (["--batch-size", "3", "--mini-batch-size", "2"],
+                                                                    "multiple"),
+        (["--nosuch", "1"], "--nosuch"), (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
+        (["--judge-extra", "{"], "--judge-extra"), (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
+        (["--temperature", "nan"], "--temperature"), (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
+    ]:
+        status, out, err, seconds = command(RUN, "--runs", tmp_path / "runs", *flags,
+                                            env={"RUSCARL_JUDGE_URL": "", "HF_HUB_OFFLINE": "1"})
+        assert status == 2, (flags, err)
+        assert message in err and len(err.strip().splitlines()) == 1, (flags, err)
+        assert out == "" and seconds < 10
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_is_quick_and_complete():
+    status, out, _, seconds = command(RUN, "--help")
+    assert status == 0 and seconds < 3
+    for flag in ["model", "tasks", "name", "runs", "seed", "steps", "group-size", "batch-size", "mini-batch-size", "lr", "kl", "max-new-tokens", "temperature", "top-p", "top-k", "decay", "midpoint", "steepness", "pattern", "ratio", "sampler", "judge", "judge-url", "judge-model", "resume"]:
+        assert f"--{flag} " in out or f"--{flag}\n" in out
+    readme = (ROOT / "README.md").read_text()
+    assert "python ruscarl.py" in readme
+
+
+def test_the_house():
+    """Module sizes and arrows of the design."""
+    import ast
+
+    layers = ["rules", "tasks", "scaffold", "chat", "judge", "grpo", "sampler", "policy", "config", "runs", "report", "ruscarl"]
+    may_import = {"rules": set(), "tasks": {"rules"}, "scaffold": {"tasks"}, "chat": set(), "judge": {"tasks", "chat", "rules"},
+                  "grpo": set(), "sampler": set(), "policy": set(), "config": {"scaffold"}, "runs": set(), "report": set(),
+                  "ruscarl": set(layers)}
+    assert {p.stem for p in Path(ROOT).glob("*.py")} == set(layers)
+    for name in layers:
+        source = (ROOT / f"{name}.py").read_text()
+        assert source.count("\n") <= 320, name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                assert not (set(modules) & set(layers)) - may_import[name], (name, modules)
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60, (name, node.name)

