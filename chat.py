@@ -71,6 +71,10 @@ class ChatClient:
                 raise ValueError(f"{url} does not serve {self.model or 'one model only: name one'!r}; "
                                  f"it serves {', '.join(served[:10])}")
 
+    def close(self):
+        """Cancel what still waits in the pool; requests under way end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def submit(self, messages, *, parse=None, schema=None):
         """`complete` in the pool: a Future."""
         return self._pool.submit(self.complete, messages, parse=parse, schema=schema)

@@ -103,8 +103,7 @@ def parse_command_line(argv=None):
         help = field.metadata["help"]
         paper = PAPER.get(field.name)
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction if field.default is None else "store_true",
-                                default=None, help=help)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
             continue
         shown = "" if field.default == "" else f" [{field.default}" + (f"; paper {paper}]" if paper is not None else "]")
         parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=None, help=help + shown,
@@ -144,9 +143,10 @@ def check(config):
     if config.dual_clip != 0 and not config.dual_clip > 1:
         raise ValueError(f"--dual-clip must be above 1, or 0 for off, got {config.dual_clip}")
     if not 0 <= config.full_samples <= config.group_size:
-        raise ValueError(f"--full-samples must be between 0 and --group-size {config.group_size}, got {config.full_samples}")
+        raise ValueError(f"--full-samples must be between 0 and --group-size, got {config.full_samples}")
     if config.batch_size % config.mini_batch_size:
-        raise ValueError(f"--batch-size {config.batch_size} must be a multiple of --mini-batch-size {config.mini_batch_size}")
+        raise ValueError(f"--batch-size must be a multiple of --mini-batch-size {config.mini_batch_size}, "
+                         f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
     judge_extra(config)

@@ -210,63 +210,74 @@ def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
     return result
 
 
-def update(model, optimizer, mini_batches, *, reference=None, kl_coef=0.0, clip_low=0.2, clip_high=0.2, dual_clip=None,
-           temperature=1.0, max_grad_norm=1.0, token_budget=4096, autocast=None, on_pack=None):
+@dataclass(frozen=True)
+class LossParams:
+    """The loss of a token: clipped surrogate + kl_coef * k3. temperature: the one that the responses were sampled at."""
+
+    kl_coef: float = 0.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    temperature: float = 1.0
+
+
+def pack_loss(model, reference, pack, members, params):
+    """(loss summed over the response tokens of a pack, sums of its statistics: a dict of scalar tensors).
+
+    members: the pack's samples, in its order. A sample without old log-probabilities gets the current ones, detached:
+    the ratio is then 1, and its gradient that of the log-probability.
+    """
+    logp, entropy = response_logprobs(model, pack, params.temperature, with_entropy=True)  # [response tokens] each
+    lengths = torch.tensor([len(sample.response_ids) for sample in members])
+    for sample, part in zip(members, logp.detach().cpu().split(lengths.tolist())):
+        if sample.old_logp is None:
+            sample.old_logp = part
+    old_logp = torch.cat([sample.old_logp for sample in members]).to(logp.device)
+    advantages = torch.tensor([sample.advantage for sample in members]).repeat_interleave(lengths).to(logp.device)
+    losses, clipped = token_losses(logp, old_logp, advantages, params.clip_low, params.clip_high, params.dual_clip)
+    sums = {"entropy": entropy.sum(), "clip_fraction": clipped.sum(), "approx_kl": (old_logp - logp.detach()).sum()}
+    if reference is not None:
+        with torch.no_grad():
+            ref_logp, _ = response_logprobs(reference, pack, params.temperature)
+        kl = kl_k3(logp, ref_logp)
+        losses = losses + params.kl_coef * kl
+        sums["kl"] = kl.detach().sum()
+    return losses.sum(), {**sums, "loss": losses.detach().sum()}
+
+
+def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_norm=1.0, token_budget=4096, autocast=None,
+           progress=lambda done: None):
     """One optimiser step for each mini-batch (a list of Sample); returns statistics averaged over response tokens.
 
     The sum over a mini-batch's tokens is divided by their number, so the gradient is the same for every token_budget.
     Old log-probabilities are computed only where they are not simply the current ones: for mini-batches after the first
     and where the denominator conditions on another prompt. A step whose gradient is not finite is skipped and counted.
     reference: frozen model, needed where kl_coef > 0. autocast: dtype to compute in, or None for the weights' own.
-    on_pack: called after each pack, for a progress bar.
+    progress: called after each pack with the number of responses done.
     Returns loss, entropy, clip_fraction, approx_kl, kl (with a reference), grad_norm (mean over the steps, before
     clipping), skipped_steps and tokens.
     """
-    if kl_coef and reference is None:
-        raise ValueError(f"kl_coef {kl_coef} needs a reference model")
-    device = next(model.parameters()).device
-
-    def packs_of(batch):
-        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
-            yield pack, [batch[i] for i in pack.members]
-
-    def loss_of(pack, members):
-        """(loss summed over the pack's tokens, sums of statistics)"""
-        logp, entropy = response_logprobs(model, pack, temperature, with_entropy=True)  # [response tokens] each
-        lengths = [len(s.response_ids) for s in members]
-        for sample, part in zip(members, logp.detach().cpu().split(lengths)):
-            if sample.old_logp is None:
-                sample.old_logp = part
-        old_logp = torch.cat([s.old_logp for s in members]).to(device)
-        advantages = torch.tensor([s.advantage for s in members]).repeat_interleave(torch.tensor(lengths)).to(device)
-        losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
-        sums = {"entropy": entropy.sum(), "clip_fraction": clipped.sum(), "approx_kl": (old_logp - logp.detach()).sum()}
-        if reference is not None:
-            with torch.no_grad():
-                ref_logp, _ = response_logprobs(reference, pack, temperature)
-            kl = kl_k3(logp, ref_logp)
-            losses = losses + kl_coef * kl
-            sums["kl"] = kl.detach().sum()
-        return losses.sum(), {**sums, "loss": losses.detach().sum()}
-
-    totals, grad_norms = defaultdict(float), []
-    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    if params.kl_coef and reference is None:
+        raise ValueError(f"kl_coef {params.kl_coef} needs a reference model")
+    precision = torch.autocast(next(model.parameters()).device.type, dtype=autocast, enabled=autocast is not None)
     stale = [s for k, batch in enumerate(mini_batches) for s in batch if k > 0 or s.old_prompt_ids != s.prompt_ids]
     with precision:
         old = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
-                              temperature)
+                              params.temperature)
     for sample, logp in zip(stale, old):
         sample.old_logp = logp
+
+    totals, grad_norms, done = defaultdict(float), [], 0
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
-        for pack, members in packs_of(batch):
+        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
             with precision:
-                loss, sums = loss_of(pack, members)
+                loss, sums = pack_loss(model, reference, pack, [batch[i] for i in pack.members], params)
             (loss / tokens).backward()
             for name, value in sums.items():
                 totals[name] += value.item()
-            if on_pack:
-                on_pack()
+            done += len(pack.members)
+            progress(done)
         totals["tokens"] += tokens
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
         grad_norms.append(norm)

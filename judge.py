@@ -103,8 +103,10 @@ class ChatJudge:
         verdict = Future()
 
         def settle(answer):
-            error = answer.exception()
-            if error is None:
+            error = None if answer.cancelled() else answer.exception()
+            if answer.cancelled():
+                verdict.set_result(None)
+            elif error is None:
                 verdict.set_result(answer.result())
             elif isinstance(error, ChatError):
                 verdict.set_result(None)
@@ -120,6 +122,10 @@ class ChatJudge:
     def counts(self):
         """(calls, seconds in them, why the last one failed or None)."""
         return self.client.counts["calls"], self.client.counts["seconds"], self.client.last_error
+
+    def close(self):
+        """Give up what still waits to be sent."""
+        self.client.close()
 
 
 class SelfJudge:
@@ -153,6 +159,9 @@ class SelfJudge:
     def counts(self):
         """(calls, seconds in them, None)."""
         return self._calls, self._seconds, None
+
+    def close(self):
+        """Nothing to do."""
 
 
 class Judge:
@@ -194,6 +203,12 @@ class Judge:
         if self.llm is not None:
             return self.llm.counts()
         return self._rules["calls"], self._rules["seconds"], None
+
+    def close(self):
+        """Give up what still waits, so that an interrupted run ends at once."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.llm is not None:
+            self.llm.close()
 
 
 @cache

@@ -11,6 +11,7 @@ decided). Each rule is a factory that checks its parameters when the task file i
 import json
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run
@@ -181,7 +182,8 @@ def math_verify(answer):
             _math_worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
             return _math_worker.submit(_math_verify_here, answer, text).result(timeout=30)
-        except FutureTimeout:
+        except (FutureTimeout, BrokenProcessPool):
+            _math_worker = None  # the next check starts another
             return None
 
     return check

@@ -47,7 +47,7 @@ from tasks import load_tasks, split_tasks
 def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0):
     """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k, logprobs=True)
-    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None) as bar:
         for step in range(start, config.steps):
             began = time.monotonic()
             row = {"step": step}
@@ -113,13 +113,13 @@ def update_policy(config, rollouts, policy, reference, optimizer, bar):
                            old_prompt_ids=r.plain_ids if config.ratio == "plain" else r.prompt_ids,
                            response_ids=r.response_ids, advantage=r.advantage) for r in rollouts]
     size = config.mini_batch_size * config.group_size
+    params = grpo.LossParams(config.kl, config.clip_low, config.clip_high, config.dual_clip or None, config.temperature)
     start = time.monotonic()
     bar.set_description("updating")
-    stats = grpo.update(policy, optimizer, [samples[i : i + size] for i in range(0, len(samples), size)],
-                        reference=reference, kl_coef=config.kl, clip_low=config.clip_low, clip_high=config.clip_high,
-                        dual_clip=config.dual_clip or None, temperature=config.temperature,
-                        max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
-                        autocast=autocast_dtype(config, policy.device))
+    stats = grpo.update(policy, optimizer, [samples[i : i + size] for i in range(0, len(samples), size)], params,
+                        reference=reference, max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
+                        autocast=autocast_dtype(config, policy.device),
+                        progress=lambda done: bar.set_description(f"updating {done}/{len(samples)}"))
     row = {name: stats.get(name) for name in ("loss", "kl", "entropy", "clip_fraction", "grad_norm", "skipped_steps")}
     row["time/update"] = time.monotonic() - start
     if config.top_p == 1 and config.top_k == 0:  # else the sampler renormalises over fewer tokens
@@ -148,8 +148,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar
     scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
     draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
     return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
-            "eval/pass_rate": pass_rates(rollouts), "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
-            "time/eval": time.monotonic() - began}
+            "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
+            "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
 
 
 def autocast_dtype(config, device):
@@ -190,8 +190,8 @@ def make_judge(config, client, tasks, tokenizer, sampler):
 
 def drop_long(config, tasks, tokenizer):
     """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
-    kept = [task for task in tasks if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric)))
-            <= config.max_prompt_tokens]
+    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=None)
+            if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
     if len(kept) < len(tasks):
         tqdm.write(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
                    f"{config.max_prompt_tokens} with the scaffold", sys.stderr)
@@ -219,7 +219,11 @@ def main(config: Config):
         return 2
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     start = run.load_checkpoint(policy, optimizer) if config.resume else 0
-    sampler = TransformersSampler(policy, stop_ids(policy, tokenizer), autocast_dtype(config, policy.device) or torch.float32)
+    precision = autocast_dtype(config, policy.device) or torch.float32
+    sampler = TransformersSampler(policy, stop_ids(policy, tokenizer), precision)
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()  # transformers checkpoints only in training mode
     judge = make_judge(config, client, tasks + held_out, tokenizer, sampler)
     try:
         train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start)
@@ -229,6 +233,8 @@ def main(config: Config):
     except KeyboardInterrupt:
         print(f"ruscarl.py: interrupted; continue with --resume --name {config.name}", file=sys.stderr)
         return 130
+    finally:
+        judge.close()
     save_policy(policy, tokenizer, run.folder / "policy")
     run.draw_curves()
     report.summary(run, config)

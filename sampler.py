@@ -53,8 +53,8 @@ def filtered_logprobs(logits, params):
     """
     logits = logits.float()
     if params.allowed_token_ids:
-        allowed = list(params.allowed_token_ids)
-        logits = torch.full_like(logits, -torch.inf).index_copy_(-1, torch.tensor(allowed, device=logits.device), logits[:, allowed])
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        logits = torch.full_like(logits, -torch.inf).index_copy_(-1, allowed, logits[:, allowed])
     if params.temperature == 0:
         best = torch.full_like(logits, -torch.inf)
         return best.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)

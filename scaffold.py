@@ -12,7 +12,8 @@ import math
 def group_ratios(group_size, pattern="linear", full_samples=1):
     """In-group ratios lambda_group, one a sample, first to last; in [0, 1].
 
-    linear: (G - i) / (G - 1) for i = 1..G. binary: 1 for the first `full_samples` (all, if there are fewer), 0 for the others. none: all 0.
+    linear: (G - i) / (G - 1) for i = 1..G. binary: 1 for the first `full_samples` (all, if there are fewer), 0 for the
+    others. none: all 0.
     The lone sample of a group of one sees nothing: there is no plain sample beside it to learn from.
     Raises ValueError for an unknown pattern, group_size < 1 or full_samples < 0.
     """

@@ -12,7 +12,6 @@ from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,7 +34,7 @@ def main():
     args = parser.parse_args()
     model, tokenizer = load_policy(args.model)
     tasks = load_tasks(args.tasks)
-    sampler = TransformersSampler(model, stop_ids(model, tokenizer), cpu_dtype() if not torch.cuda.is_available() else torch.bfloat16)
+    sampler = TransformersSampler(model, stop_ids(model, tokenizer), cpu_dtype())
     judge = Judge()
     jobs = []  # (share, task, shown criteria, prompt ids)
     for share in (0.0, 0.5, 1.0):

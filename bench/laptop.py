@@ -54,7 +54,8 @@ def write(results, args):
              f"{platform.python_version()}.", "",
              "Score of the 16 held-out tasks without scaffold, 4 responses each, with its bootstrap standard error over "
              "tasks; minutes from the first evaluation to the last, without saving.", "",
-             "| seed | arm | before | after | rise / s.e. | entropy, first and last step | minutes |", "|---|---|---|---|---|---|---|"]
+             "| seed | arm | before | after | rise / s.e. | entropy, first and last step | minutes |",
+             "|---|---|---|---|---|---|---|"]
     finals = {arm: [] for arm in ARMS}
     for (arm, seed), rows in results.items():
         first, last = rows[0], rows[-1]

@@ -40,7 +40,7 @@ def test_what_passes_is_tried_again(server, bad):
 def test_tries_end(server):
     server.answers = lambda body, n: completion("never JSON")
     c = client(server)
-    with pytest.raises(ChatError, match="no JSON object .*4 tries"):
+    with pytest.raises(ChatError, match=r"no JSON object .*4 tries"):
         verdict(c)
     assert len(server.requests) == 4 and c.counts["failures"] == 1 and "no JSON object" in c.last_error
 
@@ -84,7 +84,7 @@ def test_nobody_listening():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
-    with pytest.raises(ChatError, match="ConnectionError .*2 tries"):
+    with pytest.raises(ChatError, match=r"ConnectionError .*2 tries"):
         verdict(client(url, retries=1))
     with pytest.raises(ConnectionError, match="no server answers"):
         client(url).check()

@@ -25,15 +25,21 @@ def command(*args, env=None, timeout=120):
     return done.returncode, done.stdout, done.stderr, time.monotonic() - start
 
 
+def write_tasks(path, rubric):
+    """Twelve questions with the same rubric."""
+    records = [{"prompt_id": str(i), "rubrics": rubric, "prompt": [{"role": "user", "content": f"Question {i}?"}]}
+               for i in range(12)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 @pytest.fixture
 def tiny(model_folder, tmp_path):
     """Flags of a run of seconds, on questions about which letters a response has."""
     path = tmp_path / "letters.jsonl"
     rubric = [{"criterion": f"Has the letter {letter}.", "points": (-1) ** i * (i + 1),
-               "tags": ["verifier:rule", "function:regex", json.dumps({"pattern": letter}).join(["parameters:", ""])]}
+               "tags": ["verifier:rule", "function:regex", "parameters:" + json.dumps({"pattern": letter})]}
               for i, letter in enumerate("aeioustn")]
-    path.write_text("".join(json.dumps({"prompt_id": str(i), "rubrics": rubric,
-                                        "prompt": [{"role": "user", "content": f"Question {i}?"}]}) + "\n" for i in range(12)))
+    write_tasks(path, rubric)
     return ["--model", model_folder, "--tasks", path, "--runs", tmp_path / "runs", "--steps", "4",
             "--group-size", "4", "--batch-size", "2", "--mini-batch-size", "1", "--max-new-tokens", "12", "--lr", "1e-3",
             "--held-out", "3", "--eval-every", "2", "--eval-samples", "2", "--save-every", "2", "--temperature", "1",
@@ -86,7 +92,8 @@ def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
     status, _, err, _ = command(RUN, *tiny, "--name", "whole")
     assert status == 0, err
     process = subprocess.Popen([sys.executable, RUN, *map(str, tiny), "--name", "cut", "--save-every", "1"], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     checkpoints = tmp_path / "runs" / "cut" / "checkpoints"
     deadline = time.monotonic() + 60
     while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
@@ -104,11 +111,8 @@ def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
 
 
 def test_an_llm_judge_over_http_and_one_that_fails(tiny, tmp_path, server):
-    record = {"prompt_id": "{}", "prompt": [{"role": "user", "content": "Hello?"}],
-              "rubrics": [{"criterion": "Is kind.", "points": 5, "tags": []},
-                          {"criterion": "Is rude.", "points": -3, "tags": []}]}
     path = tmp_path / "open.jsonl"
-    path.write_text("".join(json.dumps({**record, "prompt_id": str(i)}) + "\n" for i in range(8)))
+    write_tasks(path, [{"criterion": "Is kind.", "points": 5}, {"criterion": "Is rude.", "points": -3}])
     server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": n % 3 == 0}))
     flags = [*tiny, "--tasks", path, "--judge-url", server.url, "--steps", "1"]
     status, _, err, _ = command(RUN, *flags, "--name", "judged")
@@ -124,8 +128,7 @@ def test_an_llm_judge_over_http_and_one_that_fails(tiny, tmp_path, server):
 def test_the_policy_as_its_own_judge_and_the_other_ratios(tiny, tmp_path, ratio):
     path = tmp_path / "open.jsonl"
     rubric = [{"criterion": f"Is {word}.", "points": 1, "tags": []} for word in ("kind", "clear", "short", "calm")]
-    path.write_text("".join(json.dumps({"prompt_id": str(i), "rubrics": rubric,
-                                        "prompt": [{"role": "user", "content": f"Hello {i}?"}]}) + "\n" for i in range(8)))
+    write_tasks(path, rubric)
     status, _, err, _ = command(RUN, *tiny, "--tasks", path, "--judge", "self", "--ratio", ratio, "--name", "self")
     assert status == 0, err
     assert "judges itself" in err and "Qwen3-32B" in err
@@ -142,11 +145,13 @@ def test_mistakes_are_one_line_and_status_2(tmp_path):
         (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
         (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
         (["--decay", "sigmod"], "sigmoid"), (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
-        (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"), (["--batch-size", "3", "--mini-batch-size", "2"],
-                                                                    "multiple"),
-        (["--nosuch", "1"], "--nosuch"), (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
+        (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"),
+        (["--batch-size", "3", "--mini-batch-size", "2"], "multiple"),
+        (["--nosuch", "1"], "--nosuch"), (["--tracker", "wandb"], "pip install wandb"),
+        (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
         (["--judge-extra", "{"], "--judge-extra"), (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
-        (["--temperature", "nan"], "--temperature"), (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
     ]:
         status, out, err, seconds = command(RUN, "--runs", tmp_path / "runs", *flags,
                                             env={"RUSCARL_JUDGE_URL": "", "HF_HUB_OFFLINE": "1"})
@@ -156,10 +161,27 @@ def test_mistakes_are_one_line_and_status_2(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_tracker_gets_the_same_numbers(tiny, tmp_path):
+    (tmp_path / "wandb.py").write_text(
+        "import json, os\nclass Run:\n def log(self, numbers, step):\n  with open(os.environ['SENT'], 'a') as f:\n"
+        "   f.write(json.dumps([step, numbers]) + '\\n')\ndef init(**options):\n return Run()\n")
+    sent = tmp_path / "sent.jsonl"
+    status, _, err, _ = command(RUN, *tiny, "--name", "tracked", "--tracker", "wandb",
+                                env={"PYTHONPATH": str(tmp_path), "SENT": str(sent)})
+    assert status == 0, err
+    rows = read(tmp_path / "runs" / "tracked" / "metrics.jsonl")
+    assert [step for step, _ in read(sent)] == [row["step"] for row in rows]
+    for (_, numbers), row in zip(read(sent), rows):
+        assert numbers == {k: v for k, v in row.items() if isinstance(v, int | float)}
+
+
 def test_help_is_quick_and_complete():
     status, out, _, seconds = command(RUN, "--help")
     assert status == 0 and seconds < 3
-    for flag in ["model", "tasks", "name", "runs", "seed", "steps", "group-size", "batch-size", "mini-batch-size", "lr", "kl", "max-new-tokens", "temperature", "top-p", "top-k", "decay", "midpoint", "steepness", "pattern", "ratio", "sampler", "judge", "judge-url", "judge-model", "resume"]:
+    for flag in ("model", "tasks", "name", "runs", "seed", "steps", "group-size", "batch-size", "mini-batch-size", "lr",
+                 "kl",
+                 "max-new-tokens", "temperature", "top-p", "top-k", "decay", "midpoint", "steepness", "pattern", "ratio",
+                 "sampler", "judge", "judge-url", "judge-model", "resume"):
         assert f"--{flag} " in out or f"--{flag}\n" in out
     readme = (ROOT / "README.md").read_text()
     assert "python ruscarl.py" in readme
@@ -169,17 +191,19 @@ def test_the_house():
     """Module sizes and arrows of the design."""
     import ast
 
-    layers = ["rules", "tasks", "scaffold", "chat", "judge", "grpo", "sampler", "policy", "config", "runs", "report", "ruscarl"]
-    may_import = {"rules": set(), "tasks": {"rules"}, "scaffold": {"tasks"}, "chat": set(), "judge": {"tasks", "chat", "rules"},
-                  "grpo": set(), "sampler": set(), "policy": set(), "config": {"scaffold"}, "runs": set(), "report": set(),
-                  "ruscarl": set(layers)}
-    assert {p.stem for p in Path(ROOT).glob("*.py")} == set(layers)
-    for name in layers:
+    may_import = {
+        "rules": "", "tasks": "rules", "scaffold": "tasks", "chat": "", "judge": "tasks chat rules", "grpo": "",
+        "sampler": "", "policy": "", "config": "scaffold", "runs": "", "report": "",
+        "rollouts": "tasks scaffold judge policy sampler",
+        "ruscarl": "rules tasks scaffold chat judge grpo sampler policy config runs report rollouts",
+    }
+    assert {p.stem for p in Path(ROOT).glob("*.py")} == set(may_import)
+    for name, allowed in may_import.items():
         source = (ROOT / f"{name}.py").read_text()
-        assert source.count("\n") <= 320, name
+        assert source.count("\n") <= 300, name
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-                assert not (set(modules) & set(layers)) - may_import[name], (name, modules)
+                assert not set(modules) & set(may_import) - set(allowed.split()), (name, modules)
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno <= 60, (name, node.name)

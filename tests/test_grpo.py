@@ -9,7 +9,7 @@ import torch
 
 import grpo
 from conftest import tiny_model
-from grpo import Sample, group_advantages, kl_k3, make_packs, pack_mask, policy_loss, response_logprobs
+from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, pack_mask, policy_loss, response_logprobs
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "grpo.json").read_text())
 
@@ -145,7 +145,7 @@ def test_packed_loss_and_gradients_equal_the_naive_ones(token_budget, tied):
     for sample, old in zip(samples, olds, strict=True):
         sample.old_logp = old
     optimizer = Keep(model.parameters(), lr=1.0)
-    stats = grpo.update(model, optimizer, [samples], reference=reference, kl_coef=0.05, temperature=0.7,
+    stats = grpo.update(model, optimizer, [samples], LossParams(kl_coef=0.05, temperature=0.7), reference=reference,
                         max_grad_norm=1e9, token_budget=token_budget)
     assert stats["loss"] == pytest.approx(loss, abs=1e-5)
     for packed, naive in zip(optimizer.kept, gradients, strict=True):
@@ -155,7 +155,7 @@ def test_packed_loss_and_gradients_equal_the_naive_ones(token_budget, tied):
 def test_old_logprobs_of_later_mini_batches_are_from_before_the_first_step():
     model, samples = tiny_model(1), make_samples()
     before = [naive_logprobs(model, s.prompt_ids, s.response_ids).detach() for s in samples]
-    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), [samples[:4], samples[4:]])
+    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), [samples[:4], samples[4:]], LossParams())
     for sample, old in zip(samples, before, strict=True):
         assert torch.allclose(sample.old_logp, old, atol=1e-5)
     assert abs(stats["approx_kl"]) > 1e-5  # the second mini-batch really saw a changed policy
@@ -165,7 +165,7 @@ def test_unbiased_ratio_takes_its_denominator_from_the_scaffolded_prompt():
     model, samples = tiny_model(1), make_samples()[:4]
     for sample in samples:
         sample.old_prompt_ids = [7, 8, 9, *sample.prompt_ids]
-    grpo.update(model, Keep(model.parameters(), lr=1.0), [samples])
+    grpo.update(model, Keep(model.parameters(), lr=1.0), [samples], LossParams())
     for s in samples:
         expected = naive_logprobs(model, s.old_prompt_ids, s.response_ids).detach()
         assert torch.allclose(s.old_logp, expected, atol=1e-5)
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     model, samples = tiny_model(1), make_samples()
     samples[0].advantage = float("inf")
     before = [p.clone() for p in model.parameters()]
-    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), [samples])
+    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), [samples], LossParams())
     assert stats["skipped_steps"] == 1
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
@@ -183,7 +183,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
 def test_update_raises_the_probability_of_what_was_better():
     model, samples = tiny_model(1), make_samples()
     before = [naive_logprobs(model, s.prompt_ids, s.response_ids).mean().item() for s in samples]
-    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), [samples])
+    grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.05), [samples], LossParams())
     after = [naive_logprobs(model, s.prompt_ids, s.response_ids).mean().item() for s in samples]
     gain = sum((a - b) * s.advantage for a, b, s in zip(after, before, samples, strict=True))
     assert gain > 0

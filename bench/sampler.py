@@ -1,0 +1,90 @@
+"""Samples a second of TransformersSampler, model.generate and transformers' continuous batching on the laptop preset.
+
+    python bench/sampler.py [--rounds 3] [--output results/sampler.md]
+
+The same 32 scaffolded prompts of one training step, 64 new tokens each with stop tokens off, interleaved rounds.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy
+import torch
+from transformers import GenerationConfig
+
+from policy import cpu_dtype, keep_freed_memory, load_policy, prompt_ids
+from rollouts import make_rollouts
+from sampler import SamplingParams, TransformersSampler
+from scaffold import group_ratios
+from tasks import load_tasks
+
+
+def main():
+    """Time every way in turn, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    keep_freed_memory()
+    policy, tokenizer = load_policy("smollm2")
+    rollouts = make_rollouts(load_tasks("first_aid", 4), group_ratios(8), tokenizer, (0, 0))
+    prompts = [r.prompt_ids for r in rollouts]
+    seconds = {}
+    for dtype in {cpu_dtype(), torch.float32}:
+        ways = make_ways(policy, tokenizer, prompts, dtype, args.new_tokens)
+        for round in range(args.rounds + 1):
+            for name, way in ways.items():
+                start = time.monotonic()
+                tokens = way()
+                assert tokens == len(prompts) * args.new_tokens, (name, tokens)
+                if round > 0:  # the first is for warming up
+                    seconds.setdefault((str(dtype).removeprefix("torch."), name), []).append(time.monotonic() - start)
+                print(f"round {round}  {dtype}  {name:32s} {time.monotonic() - start:6.1f} s", flush=True)
+    lines = ["# Sampling 32 responses of 64 tokens on the laptop preset", "",
+             f"`python bench/sampler.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
+             f"({platform.machine()}), no GPU, SmolLM2-135M. {prompt_ids.__name__}: {min(map(len, prompts))} to "
+             f"{max(map(len, prompts))} tokens. {args.rounds} interleaved rounds after one to warm up.", "",
+             "| precision | way | seconds, mean (min to max) | samples a second |", "|---|---|---|---|"]
+    for (dtype, name), times in sorted(seconds.items()):
+        lines.append(f"| {dtype} | {name} | {numpy.mean(times):.1f} ({min(times):.1f} to {max(times):.1f}) | "
+                     f"{len(prompts) / numpy.mean(times):.2f} |")
+    print("\n".join(lines))
+    if args.output:
+        Path(args.output).write_text("\n".join(lines) + "\n")
+
+
+def make_ways(policy, tokenizer, prompts, dtype, new_tokens):
+    """{name: function that samples all prompts and returns the number of new tokens}, at temperature 0.7, no stops."""
+    ours = TransformersSampler(policy, [], dtype)
+    theirs = TransformersSampler(policy, [], dtype).model  # a second copy, with transformers' own attention
+    theirs.set_attn_implementation("sdpa")
+    tokenizer.padding_side = "left"
+    padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    settings = GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, temperature=0.7,
+                                top_k=0, top_p=1.0, pad_token_id=2, eos_token_id=2)
+
+    def generate():
+        return theirs.generate(**padded, generation_config=settings)[:, padded["input_ids"].shape[1]:].numel()
+
+    def continuous():
+        batching = GenerationConfig(max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
+                                    pad_token_id=2, eos_token_id=-1)
+        outputs = theirs.generate_batch(inputs=prompts, generation_config=batching, progress_bar=False)
+        return sum(len(output.generated_tokens) for output in outputs.values())
+
+    def sampler():
+        params = SamplingParams(new_tokens, 0.7)
+        return sum(len(r.token_ids) for r in ours.sample(prompts, list(range(len(prompts))), params))
+
+    return {"TransformersSampler": sampler, "model.generate": generate, "generate_batch (continuous)": continuous}
+
+
+if __name__ == "__main__":
+    main()
