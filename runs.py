@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -117,9 +118,13 @@ class Run:
         import torch
 
         device = next(model.parameters()).device
-        state = torch.load(self.last_checkpoint() / "state.pt", map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        path = self.last_checkpoint() / "state.pt"
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: unreadable checkpoint: {str(error).splitlines()[0]}") from None
         rows = [row for row in self.rows() if row["step"] < state["step"]]
         self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return state["step"]

@@ -44,6 +44,10 @@ from scaffold import scaffold_messages, scaffold_ratios
 from tasks import load_tasks, split_tasks
 
 
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
 def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0):
     """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k, logprobs=True)
@@ -92,11 +96,11 @@ def tasks_of_step(config, step, tasks):
 
 
 def stop_if_unjudged(config, unknown, judge):
-    """Raise RuntimeError when too many verdicts could not be had: training on the rest would be training on luck."""
+    """Raise Stopped when too many verdicts could not be had: training on the rest would be training on luck."""
     if unknown > config.max_unknown:
         reason = judge.counts()[2]
-        raise RuntimeError(f"{unknown:.0%} of the verdicts could not be had (limit {config.max_unknown:.0%}, "
-                           f"--max-unknown)" + (f"; the last error: {reason}" if reason else ""))
+        raise Stopped(f"{unknown:.0%} of the verdicts could not be had (limit {config.max_unknown:.0%}, --max-unknown)"
+                      + (f"; the last error: {reason}" if reason else ""))
 
 
 def set_advantages(rollouts, group_size):
@@ -145,6 +149,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar
     for r in rollouts:
         if r.reward is not None:
             by_task[r.group].append(r.reward)
+    if not by_task:
+        raise Stopped("no held-out response could be scored: each had a verdict that could not be had")
     scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
     draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
     return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
@@ -161,10 +167,20 @@ def autocast_dtype(config, device):
     return None if dtype == torch.float32 else dtype
 
 
-def make_chat_client(config):
-    """A checked ChatClient for --judge-url, or None without one. Raises ConnectionError or ValueError."""
+def first_unruled(tasks):
+    """The first task with a criterion that has no rule, or None."""
+    return next((task for task in tasks for c in task.rubric if rule_from_tags(c.tags) is None), None)
+
+
+def make_chat_client(config, tasks):
+    """A checked ChatClient for --judge-url, or None without one.
+
+    Raises ConnectionError or ValueError for a server that cannot judge, ValueError for a --judge that does not fit.
+    """
     if config.judge == "chat" and not config.judge_url:
         raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
+    if config.judge == "rules" and (task := first_unruled(tasks)):
+        raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
     if not config.judge_url:
         return None
     client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
@@ -175,14 +191,15 @@ def make_chat_client(config):
 
 def make_judge(config, client, tasks, tokenizer, sampler):
     """Rules for what has rules; for the rest the server, or the policy itself."""
-    unruled = sum(rule_from_tags(c.tags) is None for task in tasks for c in task.rubric)
-    if unruled == 0 or config.judge == "rules":
+    if first_unruled(tasks) is None:
         return Judge()
     if client is not None and config.judge != "self":
         return Judge(ChatJudge(client))
     tqdm.write("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)", sys.stderr)
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
                            for text in ('{"criteria_met":', " true", " false"))
+    if true[0] == false[0]:
+        raise ValueError("--judge self: this tokenizer begins true and false with the same token; use --judge-url")
     params = SamplingParams(1, temperature=0, allowed_token_ids=(true[0], false[0]))
     return Judge(SelfJudge(lambda messages: prompt_ids(tokenizer, messages), prefix, true[0], false[0],
                            lambda prompts: sampler.sample(prompts, [0] * len(prompts), params)))
@@ -198,25 +215,20 @@ def drop_long(config, tasks, tokenizer):
     return kept
 
 
-def main(config: Config):
-    """Set up, train, report. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
-    try:
-        tasks = load_tasks(config.tasks)
-        split_tasks(tasks, config.held_out)
-        client = make_chat_client(config)
-        if config.judge == "rules" and (task := next((t for t in tasks for c in t.rubric
-                                                      if rule_from_tags(c.tags) is None), None)):
-            raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
-        run = Run(config)
-        keep_freed_memory()
-        device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
-        policy, tokenizer = load_policy(config.model, device)
-        reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
-        tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-        run.open()
-    except (ValueError, OSError) as error:
-        print(f"ruscarl.py: error: {error}", file=sys.stderr)
-        return 2
+def set_up(config):
+    """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
+
+    Raises ValueError or OSError for a mistake of the user's, in one line.
+    """
+    tasks = load_tasks(config.tasks)
+    split_tasks(tasks, config.held_out)
+    client = make_chat_client(config, tasks)
+    run = Run(config)
+    keep_freed_memory()
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    policy, tokenizer = load_policy(config.model, device)
+    reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
+    tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     start = run.load_checkpoint(policy, optimizer) if config.resume else 0
     precision = autocast_dtype(config, policy.device) or torch.float32
@@ -225,17 +237,30 @@ def main(config: Config):
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()  # transformers checkpoints only in training mode
     judge = make_judge(config, client, tasks + held_out, tokenizer, sampler)
+    run.open()
+    return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
+                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start)
+
+
+def main(config: Config):
+    """Set up, train, report. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
     try:
-        train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start)
-    except RuntimeError as error:
+        parts = set_up(config)
+    except (ValueError, OSError) as error:
+        print(f"ruscarl.py: error: {error}", file=sys.stderr)
+        return 2
+    run = parts["run"]
+    try:
+        train(config, **parts)
+    except Stopped as error:
         print(f"ruscarl.py: stopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ruscarl.py: interrupted; continue with --resume --name {config.name}", file=sys.stderr)
         return 130
     finally:
-        judge.close()
-    save_policy(policy, tokenizer, run.folder / "policy")
+        parts["judge"].close()
+    save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
     run.draw_curves()
     report.summary(run, config)
     return 0
