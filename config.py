@@ -29,7 +29,7 @@ class Config:
     group_size: int = setting(8, "G, responses to each question")
     batch_size: int = setting(4, "questions a step")
     mini_batch_size: int = setting(4, "questions an optimiser step")
-    lr: float = setting(4e-5, "learning rate of AdamW, constant")
+    lr: float = setting(5e-5, "learning rate of AdamW, constant")
     weight_decay: float = setting(0.0, "weight decay of AdamW")
     kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model")
     clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low")
