@@ -61,15 +61,15 @@ class ChatClient:
             if answer.status_code == 404 and self.model:
                 continue  # not every server lists its models
             try:
-                served = [entry["id"] for entry in answer.json()["data"]]
-            except (ValueError, KeyError, TypeError):
+                served = [str(entry["id"]) for entry in answer.json()["data"]]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{url}/models does not answer like an OpenAI-compatible server "
                                  f"(HTTP {answer.status_code}); a base URL usually ends in /v1") from None
             if not self.model and len(served) == 1:
                 self.model = served[0]
             if self.model not in served:
-                raise ValueError(f"{url} does not serve {self.model or 'one model only: name one'!r}; "
-                                 f"it serves {', '.join(served[:10])}")
+                problem = f"does not serve {self.model!r}" if self.model else "does not serve one model only, so name one"
+                raise ValueError(f"{url} {problem}; it serves {', '.join(served[:10]) or 'none'} (--judge-model)")
 
     def close(self):
         """Cancel what still waits in the pool; requests under way end by themselves."""
@@ -163,16 +163,16 @@ class ChatClient:
             reply = answer.json()
             choice = reply["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+            usage = reply.get("usage") or {}
+            tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise ValueError("not a chat completion") from None
-        usage = reply.get("usage") or {}
         with self._lock:
-            for name in ("prompt_tokens", "completion_tokens"):
-                self.counts[name] += usage.get(name) or 0
+            self.counts.update(tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         if choice.get("finish_reason") == "length":
-            raise ValueError(f"cut off at {self.max_tokens} tokens")
+            raise ValueError("cut off at the limit of tokens")
         return text
 
 
@@ -192,7 +192,7 @@ def _message(answer):
     """The server's own words about an error, shortened to one line."""
     try:
         error = answer.json()["error"]
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, KeyError, TypeError):
+        text = str(error["message"]) if isinstance(error, dict) else str(error)
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = answer.text
     return " ".join(text.split())[:200]

@@ -70,7 +70,8 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
     All four tensors have one shape; mask is 1 at response tokens. The loss is
     -mean over the mask of min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logp - old_logp)
     with the difference clamped to +-20. dual_clip c > 1 bounds the loss of a token with A < 0 by -c * A.
-    At ratio 1 the value is -mean(A): near 0 however much there is to learn. Its gradient is what counts.
+    At ratio 1 the value is -mean(A) over tokens: small, and 0 for responses of one length, however much there is to
+    learn. Its gradient is what counts.
     stats: clip_fraction (share of tokens where the clipped branch was taken), approx_kl (mean of old_logp - logp).
     Raises ValueError for shapes that differ or dual_clip <= 1.
     """
@@ -79,17 +80,6 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
         raise ValueError(f"logp, old_logp, advantages and mask must have one shape, got {sorted(shapes)}")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-    losses, clipped = token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip)
-    tokens = mask.sum().clamp(min=1)
-    stats = {
-        "clip_fraction": ((clipped * mask).sum() / tokens).item(),
-        "approx_kl": (((old_logp - logp).detach() * mask).sum() / tokens).item(),
-    }
-    return (losses * mask).sum() / tokens, stats
-
-
-def token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
-    """(loss of each token, whether its clipped branch was taken) before any averaging; any shape."""
     log_ratio = (logp - old_logp).clamp(-20, 20)
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -97,7 +87,12 @@ def token_losses(logp, old_logp, advantages, clip_low, clip_high, dual_clip):
     losses = torch.maximum(plain, clipped)
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -advantages * dual_clip), losses)
-    return losses, (clipped > plain).to(logp.dtype)
+    tokens = mask.sum().clamp(min=1)
+    stats = {
+        "clip_fraction": (((clipped > plain) * mask).sum() / tokens).item(),
+        "approx_kl": (((old_logp - logp).detach() * mask).sum() / tokens).item(),
+    }
+    return (losses * mask).sum() / tokens, stats
 
 
 @dataclass
@@ -222,7 +217,7 @@ class LossParams:
 
 
 def pack_loss(model, reference, pack, members, params):
-    """(loss summed over the response tokens of a pack, sums of its statistics: a dict of scalar tensors).
+    """(loss summed over the response tokens of a pack, sums of its statistics: a dict of floats).
 
     members: the pack's samples, in its order. A sample without old log-probabilities gets the current ones, detached:
     the ratio is then 1, and its gradient that of the log-probability.
@@ -234,15 +229,17 @@ def pack_loss(model, reference, pack, members, params):
             sample.old_logp = part
     old_logp = torch.cat([sample.old_logp for sample in members]).to(logp.device)
     advantages = torch.tensor([sample.advantage for sample in members]).repeat_interleave(lengths).to(logp.device)
-    losses, clipped = token_losses(logp, old_logp, advantages, params.clip_low, params.clip_high, params.dual_clip)
-    sums = {"entropy": entropy.sum(), "clip_fraction": clipped.sum(), "approx_kl": (old_logp - logp.detach()).sum()}
+    loss, stats = policy_loss(logp, old_logp, advantages, torch.ones_like(logp), clip_low=params.clip_low,
+                              clip_high=params.clip_high, dual_clip=params.dual_clip)
+    stats["entropy"] = entropy.mean().item()
     if reference is not None:
         with torch.no_grad():
             ref_logp, _ = response_logprobs(reference, pack, params.temperature)
-        kl = kl_k3(logp, ref_logp)
-        losses = losses + params.kl_coef * kl
-        sums["kl"] = kl.detach().sum()
-    return losses.sum(), {**sums, "loss": losses.detach().sum()}
+        kl = kl_k3(logp, ref_logp).mean()
+        loss = loss + params.kl_coef * kl
+        stats["kl"] = kl.item()
+    stats["loss"] = loss.item()
+    return loss * len(logp), {name: mean * len(logp) for name, mean in stats.items()}
 
 
 def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_norm=1.0, token_budget=4096, autocast=None,
@@ -255,7 +252,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     reference: frozen model, needed where kl_coef > 0. autocast: dtype to compute in, or None for the weights' own.
     progress: called after each pack with the number of responses done.
     Returns loss, entropy, clip_fraction, approx_kl, kl (with a reference), grad_norm (mean over the steps, before
-    clipping), skipped_steps and tokens.
+    clipping) and skipped_steps.
     """
     if params.kl_coef and reference is None:
         raise ValueError(f"kl_coef {params.kl_coef} needs a reference model")
@@ -275,7 +272,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
                 loss, sums = pack_loss(model, reference, pack, [batch[i] for i in pack.members], params)
             (loss / tokens).backward()
             for name, value in sums.items():
-                totals[name] += value.item()
+                totals[name] += value
             done += len(pack.members)
             progress(done)
         totals["tokens"] += tokens
@@ -286,4 +283,4 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
         optimizer.zero_grad(set_to_none=True)
     tokens = totals.pop("tokens")
     return {**{name: total / tokens for name, total in totals.items()}, "grad_norm": sum(grad_norms) / len(grad_norms),
-            "skipped_steps": sum(not math.isfinite(norm) for norm in grad_norms), "tokens": tokens}
+            "skipped_steps": sum(not math.isfinite(norm) for norm in grad_norms)}

@@ -1,7 +1,7 @@
 """Judge: a response and a rubric in, a verdict for each criterion and a score out (RuscaRL, equations 1 and 2).
 
 A verdict is True (met), False (not met) or None (could not be had). None is never read as "not met": a response with an
-unknown verdict has no score, and so no part in the update.
+unknown verdict has no score, is left out of its group's statistics and gets advantage 0.
 
 `Judge` sends each criterion where it belongs: criteria with a rule to that rule, the others to a language model behind
 an OpenAI-compatible server (ChatJudge) or to the policy itself (SelfJudge). All of them answer with futures, so that
@@ -172,7 +172,7 @@ class Judge:
 
     def __init__(self, llm=None):
         self.llm = llm
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rules")  # one: rules take microseconds
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rules")  # one: few rules take long
         self._rules = Counter()
 
     def submit(self, task, text):

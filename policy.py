@@ -40,11 +40,11 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
             raise ValueError(f"no such model file: {source}")
         model, tokenizer = _load_gguf(path)
     else:
-        name = str(path) if path.exists() else str(source)
+        name = str(path) if path.exists() else str(source)  # a folder, or else a hub id
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
             raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
     _check(model, tokenizer, source)
     model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
@@ -56,8 +56,11 @@ def _check(model, tokenizer, source):
     for name in UNSUPPORTED:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model {source}: its {name} is not supported by the packed update")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError(f"model {source}: sliding-window attention is not supported by the packed update")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    if kinds != {"full_attention"} or windowed:
+        raise ValueError(f"model {source}: only full attention is supported by the packed update, this one has "
+                         f"{'a sliding window' if windowed else ', '.join(sorted(kinds))}")
     if not tokenizer.chat_template:
         raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
 
@@ -67,7 +70,7 @@ def _load_gguf(path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as in load_policy
         raise ValueError(f"cannot load model {path}: {' '.join(str(error).split())[:300]}") from None
     # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -141,7 +144,7 @@ def keep_freed_memory():
     On CPU a training step allocates and frees the same gigabytes over and over, and half of its time can go into the
     kernel clearing pages.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -8,6 +8,7 @@ A criterion is ruled when its tags say so, in the tag form of the official Rusca
 decided). Each rule is a factory that checks its parameters when the task file is loaded, not when a response is judged.
 """
 
+import inspect
 import json
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -24,25 +25,40 @@ def rule_from_tags(tags):
 
     Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do not fit.
     """
-    if "verifier:rule" not in tags:
-        return None
     values = {}
     for tag in tags:
         key, _, value = tag.partition(":")
-        values[key] = value
+        if key in ("verifier", "function", "parameters"):
+            if key in values:
+                raise ValueError(f"two {key}: tags")
+            values[key] = value
+    if not values or values == {"verifier": "llm"}:
+        return None
+    if values.get("verifier") != "rule":
+        raise ValueError(f"verifier must be rule or llm, got {shown(values.get('verifier'))}")
     name = values.get("function", "")
     if name not in RULES:
-        raise ValueError(f"unknown rule {name!r} (known: {', '.join(RULES)})")
+        raise ValueError(f"unknown rule {shown(name)} (known: {', '.join(RULES)})")
     try:
         parameters = json.loads(values.get("parameters") or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"parameters of {name} are not JSON: {error}") from None
     if not isinstance(parameters, dict):
-        raise ValueError(f"parameters of {name} must be a JSON object, got {parameters!r}")
-    try:
-        return RULES[name](**parameters)
-    except TypeError as error:  # a missing or unexpected parameter; Python's own message names it
-        raise ValueError(f"parameters of {name}: {error}") from None
+        raise ValueError(f"parameters of {name} must be a JSON object, got {shown(parameters)}")
+    known = inspect.signature(RULES[name]).parameters
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(f"{name} has no parameter {shown(parameter)} (it has: {', '.join(known) or 'none'})")
+    for parameter, value in known.items():
+        if value.default is value.empty and parameter not in parameters:
+            raise ValueError(f"{name} needs the parameter {parameter}")
+    return RULES[name](**parameters)
+
+
+def shown(value):
+    """A value as an error message quotes it: its repr, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def normalize(text):
@@ -52,13 +68,13 @@ def normalize(text):
 
 def _phrases(words):
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(f"words must be a list of non-empty strings, got {words!r}")
+        raise ValueError(f"words must be a list of non-empty strings, got {shown(words)}")
     return [normalize(word) for word in words]
 
 
 def _count(name, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
     return value
 
 
@@ -95,6 +111,8 @@ def starts_with(words):
 def ends_with(words):
     """The response ends with one of the phrases; closing punctuation and white space do not count."""
     phrases = [phrase.rstrip(".!?") for phrase in _phrases(words)]
+    if not all(phrases):
+        raise ValueError(f"words of ends_with must be more than punctuation, got {shown(words)}")
     return lambda text: any(regex.search(rf"(?<!\w){regex.escape(p)}[\s.!?\"')*]*$", normalize(text)) for p in phrases)
 
 
@@ -155,8 +173,8 @@ def matches(pattern):
     """The pattern (syntax of Python's `re`) is found; None when the search takes longer than SECONDS."""
     try:
         regex.compile(pattern)
-    except (regex.error, TypeError) as error:
-        raise ValueError(f"pattern {pattern!r}: {error}") from None
+    except (regex.error, TypeError, RecursionError) as error:
+        raise ValueError(f"pattern {shown(pattern)}: {error}") from None
     return lambda text: _search(pattern, text)
 
 
@@ -174,7 +192,7 @@ def _math_verify_here(answer, text):
 def math_verify(answer):
     """The response's final answer equals `answer` (LaTeX or plain); None when that cannot be decided in 30 s."""
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"answer must be a non-empty string, got {answer!r}")
+        raise ValueError(f"answer must be a non-empty string, got {shown(answer)}")
 
     def check(text):
         global _math_worker

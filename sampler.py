@@ -71,8 +71,11 @@ def filtered_logprobs(logits, params):
 
 
 def draw(logprobs, uniforms):
-    """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: [rows] in [0, 1). Returns [rows]."""
-    cumulative = logprobs.exp().cumsum(-1)
+    """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: float64 [rows] in [0, 1).
+
+    In float64: a float32 sum over a large vocabulary would swallow its unlikeliest tokens. Returns [rows].
+    """
+    cumulative = logprobs.double().exp().cumsum(-1)
     threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # the sum is 1 only up to rounding
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
 
@@ -104,8 +107,6 @@ class TransformersSampler:
     model: the policy to copy. dtype: precision of the copy. stop_ids: tokens that end a response. max_batch_tokens:
     prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
     """
-
-    name = "transformers"
 
     def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768):
         self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
@@ -149,7 +150,8 @@ class TransformersSampler:
                                 use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             logprobs = filtered_logprobs(output.logits[:, -1], params)  # [rows, vocabulary]
-            tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], device=device))  # [rows]
+            tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], dtype=torch.float64,
+                                                 device=device))  # [rows]
             chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() if params.logprobs else None
             keep = []
             for row, token in enumerate(tokens.tolist()):

@@ -13,12 +13,11 @@ Every defect of a file is an error that names file, line (row) and field; no rec
 import hashlib
 import itertools
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rules import rule_from_tags
+from rules import rule_from_tags, shown
 
 BUNDLED = Path(__file__).parent / "rubrics"
 HEALTHBENCH_URL = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/2025-05-07-06-14-12_oss_eval.jsonl"
@@ -57,12 +56,12 @@ def load_tasks(source, limit=None):
         path = BUNDLED / f"{source}.jsonl"
     else:
         path = Path(source)
-        if path.suffix not in (".jsonl", ".parquet"):
+        if path.suffix.lower() not in (".jsonl", ".parquet"):
             bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
             raise ValueError(f"unknown tasks {source!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
         if not path.is_file():
-            raise FileNotFoundError(f"no such task file: {source}")
-    records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+            raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
+    records = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_jsonl(path)
     tasks = []
     seen = {}
     for place, record in itertools.islice(records, limit):
@@ -123,15 +122,25 @@ def _read_jsonl(path):
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield place, json.loads(text)
+                    yield place, json.loads(text, object_pairs_hook=_unique_keys)
             except UnicodeDecodeError:
                 raise ValueError(f"{place}: not UTF-8 text") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}: unreadable JSON: {error.msg} at column {error.colno}") from None
             except RecursionError:
                 raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
+            except ValueError as error:  # a key that stands twice, a number of thousands of digits
+                raise ValueError(f"{place}: unreadable JSON: {error}") from None
+
+
+def _unique_keys(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(shown(k) for k in keys if keys.count(k) > 1)} stands twice")
+    return record
 
 
 def _read_parquet(path):
@@ -146,8 +155,9 @@ def _read_parquet(path):
         model = row.get("reward_model")
         if not isinstance(model, dict):
             raise ValueError(f"{place}: reward_model: missing")
-        info = row.get("extra_info") or {}
-        yield place, {"prompt": row.get("prompt"), "rubrics": model.get("rubrics"), "prompt_id": info.get("prompt_id"),
+        info = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
+        yield place, {"prompt": row.get("prompt"), "rubrics": model.get("rubrics"),
+                      "prompt_id": row.get("prompt_id") or info.get("prompt_id"),
                       "example_tags": row.get("example_tags")}
 
 
@@ -164,21 +174,20 @@ def _parse_task(record, place):
         raise ValueError(f"{place}: rubrics: no criterion has positive points, so no score is defined")
     identity = record.get("prompt_id")
     if identity is None:  # the official parquet files have none: the conversation and its rubric are its name
-        identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True).encode()).hexdigest()[:16]
+        identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True, default=str).encode()).hexdigest()[:16]
     elif not isinstance(identity, str) or not identity:
-        raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {identity!r}")
+        raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {shown(identity)}")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
 
 def _parse_messages(messages, place):
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: prompt: no messages")
+        raise ValueError(f"{place}: prompt: no messages; it must be a list of them, got {shown(messages)}")
     for i, message in enumerate(messages):
         field = f"{place}: prompt[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"{field}.role: must be system, user or assistant")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise ValueError(f"{field}.content: must be a non-empty string")
+        _check_text(message.get("content"), f"{field}.content")
         if message["role"] == "system" and i > 0:
             raise ValueError(f"{field}.role: a system message must come first")
     if messages[-1]["role"] != "user":
@@ -190,10 +199,9 @@ def _parse_criterion(record, field):
     if not isinstance(record, dict):
         raise ValueError(f"{field}: a criterion must be a JSON object")
     text, points = record.get("criterion"), record.get("points")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{field}.criterion: must be a non-empty string")
-    if isinstance(points, bool) or not isinstance(points, (int, float)) or not math.isfinite(points):
-        raise ValueError(f"{field}.points: must be a number, got {points!r}")
+    _check_text(text, f"{field}.criterion")
+    if isinstance(points, bool) or not isinstance(points, int | float) or not abs(points) <= 1e6:
+        raise ValueError(f"{field}.points: must be a number up to a million, got {shown(points)}")
     if points == 0:
         raise ValueError(f"{field}.points: 0 points: the criterion would do nothing")
     tags = _parse_tags(record.get("tags"), f"{field}.tags")
@@ -202,6 +210,15 @@ def _parse_criterion(record, field):
     except ValueError as error:
         raise ValueError(f"{field}.tags: {error}") from None
     return Criterion(text, points, tags)
+
+
+def _check_text(text, field):
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{field}: must be a non-empty string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field}: half a surrogate pair is not text") from None
 
 
 def _parse_tags(tags, field):

@@ -36,11 +36,12 @@ def test_temperature_top_k_and_top_p_by_hand():
 
 def test_draws_follow_the_distribution():
     logprobs = torch.tensor([0.5, 0.0, 0.3, 0.2]).log()
-    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = draw(logprobs.expand(20_000, 4), uniforms).bincount(minlength=4) / 20_000
     assert counts.tolist() == pytest.approx([0.5, 0, 0.3, 0.2], abs=0.02)
-    edge = torch.tensor([0.0, 1 - 2**-24])
+    edge = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logprobs.expand(2, 4), edge).tolist() == [0, 3]
+    assert draw(logprobs[:2].expand(1, 2), edge[1:]).tolist() == [0]  # never the impossible last token
 
 
 def test_a_response_does_not_depend_on_its_batch(model):
