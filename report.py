@@ -6,8 +6,8 @@ import textwrap
 
 def step_line(bar, row, rollouts, show_sample):
     """One line of the numbers that matter, and with show_sample the best response of the step."""
-    parts = [f"step {row['step']:3d}", f"reward {row['reward/mean']:+.3f}" if "reward/mean" in row else "reward -",
-             f"plain {row['reward/unscaffolded']:+.3f}" if row.get("reward/unscaffolded") is not None else "plain -",
+    reward, plain = ("-" if row.get(key) is None else f"{row[key]:+.3f}" for key in ("reward/mean", "reward/unscaffolded"))
+    parts = [f"step {row['step']:3d}", f"reward {reward}", f"plain {plain}",
              f"scaffold {row['scaffold/ratio']:.2f}", f"loss {row['loss']:+.4f}", f"entropy {row['entropy']:.2f}"]
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
@@ -35,7 +35,8 @@ def summary(run, config):
                  for row in (before, after)]
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
     for text in sorted(before["eval/pass_rate"]):
-        print(f"{text[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'].get(text, 0):>16.0%}")
+        if text in after["eval/pass_rate"]:
+            print(f"{text[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'][text]:>16.0%}")
     first, last = (_first_rollout(run, row["step"]) for row in (before, after))
     print(f"\n{first['question'][:100]}\n")
     side_by_side(f"before ({_points(first)})\n\n{first['response']}", f"after ({_points(last)})\n\n{last['response']}")
@@ -43,7 +44,7 @@ def summary(run, config):
 
 
 def _first_rollout(run, step):
-    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl") as file:
+    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl", encoding="utf-8") as file:
         return json.loads(file.readline())
 
 

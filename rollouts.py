@@ -78,6 +78,7 @@ def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
     verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
     return {
         "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
+        "judge/unscored": sum(rollout.reward is None for rollout in rollouts) / len(rollouts),
         "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
         "time/sample": sampled - start,
         "time/judge": time.monotonic() - start,  # from the first response on: it overlaps time/sample

@@ -1,6 +1,7 @@
 """What is kept of a run: one folder with config, metrics, rollouts, checkpoints, curves and the trained policy.
 
     runs/<name>/config.json         the Config
+                tasks.sha256        hash of the tasks, so that a run is not continued on others
                 metrics.jsonl       one row a step; a number that was not measured is absent
                 rollouts/           step_00000.jsonl: every sample with scaffold, verdicts, reward, advantage
                 checkpoints/        step_00010/: model, optimizer and step, for --resume; the newest only
@@ -12,78 +13,100 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import pickle
 import shutil
 from pathlib import Path
 
-# These may change between a run and its continuation; everything else would make it another run.
-MAY_CHANGE = {"name", "runs", "resume", "eval_every", "save_every", "judge_url", "judge_extra", "judge_concurrency",
-              "max_unknown", "token_budget", "gradient_checkpointing", "device", "tracker"}
+
+def saved_config(runs, name):
+    """(name, config as a dict) of the run `name` in the folder `runs`; of the newest run if name is empty.
+
+    Raises FileNotFoundError where there is none, ValueError for a config.json that cannot be read.
+    """
+    if not name:
+        folders = [path.parent for path in Path(runs).glob("*/config.json")]
+        if not folders:
+            raise FileNotFoundError(f"no run to resume in {runs}")
+        name = max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime).name
+    path = Path(runs) / name / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run to resume at {path.parent}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: unreadable JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: must be a JSON object")
+    return name, saved
+
+
+def _write(path, text):
+    """Write beside `path` and rename: a kill in between leaves the old file whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 class Run:
-    """A run's folder. Making a Run checks that the name is free or, with config.resume, that it can be continued;
-    `open` then makes the folder, so that a run that never starts leaves nothing behind.
+    """A run's folder. Making a Run checks that the name is free (or that config.resume is set); `open` then makes the
+    folder, so that a run that never starts leaves nothing behind.
 
-    Raises FileExistsError or FileNotFoundError for a name that is taken or has nothing to resume, ValueError for a
-    resumed run whose config differs or a tracker that is not installed.
+    tasks_digest: a hash of all tasks. Raises FileExistsError for a name that is taken, PermissionError for a place that
+    cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed.
     """
 
-    def __init__(self, config):
-        if config.resume and not config.name:
-            config.name = self._newest(Path(config.runs))
+    def __init__(self, config, tasks_digest):
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         self.config = config
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
-        self._config_file = self.folder / "config.json"
-        if config.resume:
-            if not self._config_file.is_file():
-                raise FileNotFoundError(f"no run to resume at {self.folder}")
-            self._check_same(json.loads(self._config_file.read_text()), config)
-            if self.last_checkpoint() is None:
-                raise FileNotFoundError(f"{self.folder} has no checkpoint to resume from")
-        elif self.folder.exists():
+        if self.folder.exists() and not config.resume:
             raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
+        self.tasks_digest = tasks_digest
+        digest = self.folder / "tasks.sha256"
+        if digest.exists() and digest.read_text(encoding="utf-8").strip() != tasks_digest:
+            raise ValueError(f"cannot resume {self.folder}: the tasks in {config.tasks} have changed")
+        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise PermissionError(f"cannot write to {there} (--runs)")
 
     def open(self):
         """Make the folder and connect the tracker."""
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        self._config_file.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        _write(self.folder / "tasks.sha256", self.tasks_digest + "\n")
+        _write(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         self._tracker = _tracker(self.config.tracker, self.folder, self.config)
-
-    @staticmethod
-    def _newest(runs):
-        folders = [path.parent for path in runs.glob("*/config.json")]
-        if not folders:
-            raise FileNotFoundError(f"no run to resume in {runs}")
-        return max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime).name
-
-    @staticmethod
-    def _check_same(before, config):
-        now = dataclasses.asdict(config)
-        different = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-        if different:
-            changes = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in different)
-            raise ValueError(f"cannot resume with another config: {changes}")
 
     def log(self, row):
         """Append a row to metrics.jsonl and send it to the tracker; None and non-finite numbers are left out."""
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
-        with open(self.metrics, "a") as file:
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._tracker({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
 
     def rows(self):
-        """The rows of metrics.jsonl so far."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        """The rows of metrics.jsonl so far; a last line that a kill has torn is left out."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise ValueError(f"{self.metrics}, line {number}: unreadable JSON") from None
+        return rows
+
+    def steps_done(self):
+        """Number of steps whose row is written."""
+        return sum("loss" in row for row in self.rows())
 
     def save_rollouts(self, name, rollouts):
         """rollouts/<name>.jsonl, a line a Rollout."""
-        with open(self.folder / "rollouts" / f"{name}.jsonl", "w") as file:
+        with open(self.folder / "rollouts" / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for r in rollouts:
-                criteria = [{"criterion": c.text, "points": c.points, "shown": c in r.shown, "met": met}
+                criteria = [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
                             for c, met in zip(r.task.rubric, r.verdicts)]
                 file.write(json.dumps({
                     "task": r.task.id, "group": r.group, "sample": r.sample, "question": r.task.messages[-1]["content"],
@@ -114,20 +137,29 @@ class Run:
                 shutil.rmtree(old)
 
     def load_checkpoint(self, model, optimizer):
-        """Restore the newest checkpoint and forget the metrics after it; returns the number of steps done."""
+        """Restore the newest checkpoint and forget the metrics after it; returns the number of steps done.
+
+        0, and nothing restored, where the run was stopped before its first checkpoint. Raises ValueError for files that
+        cannot be read.
+        """
         import torch
 
         device = next(model.parameters()).device
-        path = self.last_checkpoint() / "state.pt"
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: unreadable checkpoint: {str(error).splitlines()[0]}") from None
-        rows = [row for row in self.rows() if row["step"] < state["step"]]
-        self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return state["step"]
+        folder = self.last_checkpoint()
+        step = 0
+        if folder is not None:
+            try:
+                state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                step = state["step"]
+            except (RuntimeError, KeyError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{folder / 'state.pt'}: unreadable checkpoint: {str(error).splitlines()[0]}") from None
+        rows = [row for row in self.rows() if row["step"] < step]
+        if [row["step"] for row in rows] != list(range(step)):
+            raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
+        _write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return step
 
     def draw_curves(self):
         """curves.png from metrics.jsonl."""

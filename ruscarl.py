@@ -19,6 +19,7 @@ from config import Config, judge_extra, parse_command_line
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     COMMAND_LINE = parse_command_line()
 
+import hashlib
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
@@ -124,8 +125,7 @@ def update_policy(config, rollouts, policy, reference, optimizer, bar):
                         reference=reference, max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
                         autocast=autocast_dtype(config, policy.device),
                         progress=lambda done: bar.set_description(f"updating {done}/{len(samples)}"))
-    row = {name: stats.get(name) for name in ("loss", "kl", "entropy", "clip_fraction", "grad_norm", "skipped_steps")}
-    row["time/update"] = time.monotonic() - start
+    row = {**stats, "time/update": time.monotonic() - start}
     if config.top_p == 1 and config.top_k == 0:  # else the sampler renormalises over fewer tokens
         gaps = [(torch.tensor(r.sampled_logp) - s.old_logp).abs() for r, s in zip(rollouts, samples)
                 if s.old_prompt_ids == r.prompt_ids]
@@ -181,7 +181,7 @@ def make_chat_client(config, tasks):
         raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
     if config.judge == "rules" and (task := first_unruled(tasks)):
         raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
-    if not config.judge_url:
+    if not config.judge_url or config.judge in ("rules", "self"):
         return None
     client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
                         extra=judge_extra(config))
@@ -193,7 +193,7 @@ def make_judge(config, client, tasks, tokenizer, sampler):
     """Rules for what has rules; for the rest the server, or the policy itself."""
     if first_unruled(tasks) is None:
         return Judge()
-    if client is not None and config.judge != "self":
+    if client is not None:
         return Judge(ChatJudge(client))
     tqdm.write("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)", sys.stderr)
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
@@ -212,6 +212,8 @@ def drop_long(config, tasks, tokenizer):
     if len(kept) < len(tasks):
         tqdm.write(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
                    f"{config.max_prompt_tokens} with the scaffold", sys.stderr)
+    if not kept:
+        raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
     return kept
 
 
@@ -223,10 +225,16 @@ def set_up(config):
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
     client = make_chat_client(config, tasks)
-    run = Run(config)
+    run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
     keep_freed_memory()
-    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available to torch")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     policy, tokenizer = load_policy(config.model, device)
+    context = getattr(policy.config, "max_position_embeddings", None)
+    if context and config.max_prompt_tokens + config.max_new_tokens > context:
+        raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to "
+                         f"{config.max_prompt_tokens + config.max_new_tokens}, but the model's context is {context} tokens")
     reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -250,14 +258,14 @@ def main(config: Config):
         print(f"ruscarl.py: error: {error}", file=sys.stderr)
         return 2
     run = parts["run"]
+    print(f"{run.folder}: {config.model} on {config.tasks}, {config.preset} preset, {config.steps - parts['start']} steps")
     try:
         train(config, **parts)
     except Stopped as error:
-        print(f"ruscarl.py: stopped: {error}", file=sys.stderr)
+        run.save_checkpoint(run.steps_done(), parts["policy"], parts["optimizer"])
+        print(f"ruscarl.py: stopped: {error}; continue with --resume --runs {config.runs} --name {config.name}",
+              file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"ruscarl.py: interrupted; continue with --resume --name {config.name}", file=sys.stderr)
-        return 130
     finally:
         parts["judge"].close()
     save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
@@ -267,4 +275,9 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    sys.exit(main(COMMAND_LINE))
+    try:
+        sys.exit(main(COMMAND_LINE))
+    except KeyboardInterrupt:
+        print(f"ruscarl.py: interrupted; continue with --resume --runs {COMMAND_LINE.runs} --name {COMMAND_LINE.name}",
+              file=sys.stderr, flush=True)
+        os._exit(130)  # not sys.exit, which would wait for judge requests still under way

@@ -26,7 +26,8 @@ def verdict(c):
     (500, {}, "oops"), (503, {}, ""), (429, {}, ""), completion(""), completion("   "),
     completion('{"explanation": "cut'), completion('{"criteria_met": True}'), completion("The answer is yes."),
     completion('{"criteria_met": true} {"criteria_met": false}'), (200, {}, "not json"), (200, {}, "{}"),
-    (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+    (200, {}, '{"choices": [{"message": {"content": null}}]}'), (200, {}, "[" * 100_000),
+    (200, {}, '{"choices": [{"message": {"content": "{}"}}], "usage": "x"}'),
     completion('{"explanation": "x", "criteria_met": true}', finish_reason="length"),
 ])
 def test_what_passes_is_tried_again(server, bad):

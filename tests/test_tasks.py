@@ -66,7 +66,9 @@ def criterion(**changes):
     (criterion(points=0), r"rubrics\[0\].points: 0 points"), (criterion(points="5"), r"points: must be a number"),
     (criterion(points=True), "points: must be a number"), (criterion(points=float("nan")), "points: must be a number"),
     (criterion(points=float("inf")), "points: must be a number"), (criterion(criterion=""), r"rubrics\[0\].criterion"),
-    (criterion(tags="axis:y"), "tags: must be a list"),
+    (criterion(tags="axis:y"), "tags: must be a list"), (changed(prompt="Hello?"), "must be a list"),
+    (criterion(points=10**400), "up to a million"), (criterion(criterion="\udc00"), "surrogate"),
+    ('{"prompt_id": "x", "prompt_id": "y"}', "'prompt_id' stands twice"),
     (criterion(tags=["verifier:rule", "function:nosuch"]), r"rubrics\[0\].tags: unknown rule 'nosuch'"),
     (changed(prompt_id=7), "prompt_id: must be"), (changed(example_tags="x"), "example_tags: must be"),
 ])
@@ -79,6 +81,8 @@ def test_defects_are_named_with_file_line_and_field(tmp_path, record, message):
 def test_other_defects(tmp_path):
     with pytest.raises(ValueError, match=r"line 2: prompt_id: 'a' was already used at .*line 1"):
         load_tasks(write(tmp_path / "t.jsonl", GOOD, GOOD))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(load_tasks(tmp_path / "bom.jsonl")) == 1  # as some editors save
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt_id": "\xe9"}')
     with pytest.raises(ValueError, match="line 1: not UTF-8"):
         load_tasks(tmp_path / "latin.jsonl")
