@@ -108,15 +108,15 @@ def parse_command_line(argv=None):
     parser = _Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
                      "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
         help = field.metadata["help"]
         paper = PAPER.get(field.name)
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=help)
             continue
         shown = "" if field.default == "" else f" [{field.default}" + (f"; paper {paper}]" if paper is not None else "]")
-        parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=None, help=help + shown,
-                            metavar=None if field.metadata["choices"] else field.type.__name__.upper())
+        choices = field.metadata["choices"]
+        parser.add_argument(flag(field.name), type=field.type, choices=choices, default=None, help=help + shown,
+                            metavar=None if choices else field.type.__name__.upper())
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         config = _resumed(given) if given.get("resume") else _new(given)
