@@ -48,7 +48,7 @@ class Config:
                          "question, scaffold; scaffolded: scaffold, scaffold",
                          ("plain", "unbiased", "scaffolded"))
     max_new_tokens: int = setting(64, "longest response, in tokens")
-    max_prompt_tokens: int = setting(1024, "tasks whose question with the whole scaffold is longer are dropped")
+    max_prompt_tokens: int = setting(2048, "tasks whose question with the whole scaffold is longer are dropped")
     temperature: float = setting(0.7, "sampling temperature")
     top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off")
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off")
