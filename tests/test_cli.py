@@ -117,7 +117,8 @@ def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
 
 
 def test_interrupt_without_a_checkpoint_can_be_resumed(tiny, tmp_path):
-    process = subprocess.Popen([sys.executable, RUN, *map(str, tiny), "--name", "early"], cwd=ROOT, text=True,
+    steps = ["--steps", "60", "--eval-every", "60", "--save-every", "60"]  # long enough to be caught in the middle
+    process = subprocess.Popen([sys.executable, RUN, *map(str, tiny), *steps, "--name", "early"], cwd=ROOT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     rollouts = tmp_path / "runs" / "early" / "rollouts"
     while not list(rollouts.glob("eval_*")):
@@ -127,7 +128,7 @@ def test_interrupt_without_a_checkpoint_can_be_resumed(tiny, tmp_path):
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "early", "--resume")
     assert status == 0, err
-    assert [row["step"] for row in read(tmp_path / "runs" / "early" / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read(tmp_path / "runs" / "early" / "metrics.jsonl")] == list(range(61))
 
 
 def test_an_llm_judge_over_http_and_one_that_fails(tiny, tmp_path, server):
