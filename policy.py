@@ -35,17 +35,17 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
     line that says why.
     """
     path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no such model file: {source}")
-        model, tokenizer = _load_gguf(path)
-    else:
-        name = str(path) if path.exists() else str(source)  # a folder, or else a hub id
-        try:
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ValueError(f"no such model file: {source}")
+    try:
+        if path.suffix == ".gguf":
+            model, tokenizer = _load_gguf(path)
+        else:
+            name = str(path) if path.exists() else str(source)  # a folder, or else a hub id
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
-            raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
+        raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
     _check(model, tokenizer, source)
     model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
     return model.to(device=device, dtype=dtype).eval(), tokenizer
@@ -67,11 +67,8 @@ def _check(model, tokenizer, source):
 
 def _load_gguf(path):
     folder, name = str(path.parent), path.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    except Exception as error:  # as in load_policy
-        raise ValueError(f"cannot load model {path}: {' '.join(str(error).split())[:300]}") from None
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa")

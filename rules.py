@@ -78,28 +78,29 @@ def _count(name, value):
     return value
 
 
-def _search(pattern, text, flags=0):
+def _search(pattern, text):
     try:
-        return regex.search(pattern, text, flags, timeout=SECONDS) is not None
+        return regex.search(pattern, text, timeout=SECONDS) is not None
     except TimeoutError:
         return None
 
 
-def _mentions(phrase, text):
-    """Whole words only: "rest" is not mentioned by "restaurant"."""
-    return regex.search(rf"(?<!\w){regex.escape(phrase)}(?!\w)", text) is not None
+def _mentions(phrases, text):
+    """Whether each phrase occurs. Whole words only: "rest" is not mentioned by "restaurant"."""
+    text = normalize(text)
+    return [regex.search(rf"(?<!\w){regex.escape(phrase)}(?!\w)", text) is not None for phrase in phrases]
 
 
 def mentions_any(words):
     """At least one of the words or phrases occurs (whole words, any case)."""
     phrases = _phrases(words)
-    return lambda text: any(_mentions(phrase, normalize(text)) for phrase in phrases)
+    return lambda text: any(_mentions(phrases, text))
 
 
 def mentions_all(words):
     """Every one of the words or phrases occurs."""
     phrases = _phrases(words)
-    return lambda text: all(_mentions(phrase, normalize(text)) for phrase in phrases)
+    return lambda text: all(_mentions(phrases, text))
 
 
 def starts_with(words):

@@ -100,7 +100,7 @@ class Run:
 
     def steps_done(self):
         """Number of steps whose row is written."""
-        return sum("loss" in row for row in self.rows())
+        return sum("time/step" in row for row in self.rows())
 
     def save_rollouts(self, name, rollouts):
         """rollouts/<name>.jsonl, a line a Rollout."""

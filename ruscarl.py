@@ -87,11 +87,12 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
 
 def tasks_of_step(config, step, tasks):
     """The batch_size tasks of a step: a fresh shuffle of all tasks each epoch, known from seed and step alone."""
-    batch = []
+    batch, order, shuffled = [], None, None
     for position in range(step * config.batch_size, (step + 1) * config.batch_size):
         epoch, index = divmod(position, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(order)
+        if epoch != shuffled:
+            order, shuffled = list(range(len(tasks))), epoch
+            random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(order)
         batch.append(tasks[order[index]])
     return batch
 
