@@ -19,7 +19,7 @@ def setting(default, help, choices=None):
 
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "judge_url", "judge_extra", "judge_concurrency", "max_unknown",
-              "token_budget", "gradient_checkpointing", "device", "tracker", "runs", "name"}
+              "token_budget", "gradient_checkpointing", "device", "offload", "check_sync", "tracker", "runs", "name"}
 
 
 @dataclass
@@ -58,7 +58,10 @@ class Config:
     power: float = setting(2.0, "exponent of --decay power")
     pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
     full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
-    sampler: str = setting("auto", "what samples; auto: transformers, the only one so far", ("auto", "transformers"))
+    sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
+                           ("auto", "vllm", "transformers"))
+    tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off")
+    check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
                          ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
@@ -72,7 +75,9 @@ class Config:
     save_every: int = setting(8, "checkpoint every so many steps; also after the last")
     token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    device: str = setting("auto", "where the policy is", ("auto", "cpu", "cuda"))
+    device: str = setting("auto", "where the policy computes", ("auto", "cpu", "cuda"))
+    offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer of a policy on a GPU; "
+                           "auto: where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
@@ -159,7 +164,7 @@ def check(config):
                  "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature"):
+    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "tis"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")
     for name in ("midpoint", "max_unknown", "top_p"):
@@ -167,6 +172,8 @@ def check(config):
             raise ValueError(f"{flag(name)} must be between 0 and 1, got {getattr(config, name)}")
     if config.temperature == 0 or config.top_p == 0:
         raise ValueError("--temperature and --top-p must be above 0: equal samples teach nothing")
+    if config.tis and (config.top_p < 1 or config.top_k > 0):
+        raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
     if config.clip_low >= 1:
         raise ValueError(f"--clip-low must be below 1, got {config.clip_low}")
     if config.dual_clip != 0 and not config.dual_clip > 1:

@@ -32,7 +32,8 @@ class Sample:
     response_ids: list
     advantage: float
     old_prompt_ids: list
-    old_logp: torch.Tensor | None = None  # [response tokens] float32, before the update; set by `update`
+    old_logp: torch.Tensor | None = None  # [response tokens] float32, before the update; `update` sets it where it is None
+    importance: torch.Tensor | None = None  # [response tokens] weight of each token, see truncated_importance; None: 1
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -167,10 +168,16 @@ def pack_mask(segment):
 def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=256):
     """(log-probability of each response token [response tokens], entropy at each or None), float32.
 
-    Conditions on the pack's question; logits are divided by `temperature`, so that this is the distribution that was
+    Conditions on the pack's question. A model that policy.shard has wrapped gathers its weights around this call. Logits are divided by `temperature`, so that this is the distribution that was
     sampled from. Only the hidden states at response tokens meet the vocabulary, `chunk` of them at a time, and their
     logits are recomputed in the backward pass: memory does not grow with tokens x vocabulary.
     """
+    if hasattr(model, "sharded_call"):
+        return model.sharded_call(_response_logprobs, pack, temperature, with_entropy, chunk)
+    return _response_logprobs(model, pack, temperature, with_entropy, chunk)
+
+
+def _response_logprobs(model, pack, temperature, with_entropy, chunk):
     device = next(model.parameters()).device
     mask = pack_mask(pack.segment.to(device))
     hidden = model.base_model(input_ids=pack.ids.to(device), position_ids=pack.positions.to(device),
@@ -194,15 +201,30 @@ def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=25
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
 
 
-def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
+def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0, autocast=None):
     """Log-probabilities of each response given its prompt, without gradients: list of float32 [response tokens] (CPU)."""
-    result = [None] * len(responses)
-    with torch.no_grad():
+    result = [torch.zeros(0)] * len(responses)
+    with torch.no_grad(), precision(model, autocast):
         for pack in make_packs(prompts, responses, token_budget):
             logp, _ = response_logprobs(model, pack, temperature)
             for i, part in zip(pack.members, logp.cpu().split([len(responses[i]) for i in pack.members])):
                 result[i] = part
     return result
+
+
+def precision(model, dtype):
+    """Context in which `model` computes in `dtype`; None is the weights' own."""
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def truncated_importance(logp, sampled_logp, cap):
+    """min(exp(logp - sampled_logp), cap) for each token: the weight that corrects for a sampler that is not the trainer.
+
+    logp: the trainer's log-probability of each token under the prompt it was sampled from; sampled_logp: the sampler's;
+    one shape. Kernels and rounding differ between the two, and more so the longer a response. Truncated importance
+    sampling (Ionides 2008) bounds the variance of that correction; cap is usually 2.
+    """
+    return (logp - sampled_logp).clamp(-20, 20).exp().clamp(max=cap)
 
 
 @dataclass(frozen=True)
@@ -229,6 +251,9 @@ def pack_loss(model, reference, pack, members, params):
             sample.old_logp = part
     old_logp = torch.cat([sample.old_logp for sample in members]).to(logp.device)
     advantages = torch.tensor([sample.advantage for sample in members]).repeat_interleave(lengths).to(logp.device)
+    if any(sample.importance is not None for sample in members):  # scales both branches of the clipped loss alike
+        weights = [torch.ones(n) if s.importance is None else s.importance for s, n in zip(members, lengths)]
+        advantages = advantages * torch.cat(weights).to(logp.device)
     loss, stats = policy_loss(logp, old_logp, advantages, torch.ones_like(logp), clip_low=params.clip_low,
                               clip_high=params.clip_high, dual_clip=params.dual_clip)
     stats["entropy"] = entropy.mean().item()
@@ -256,11 +281,10 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     """
     if params.kl_coef and reference is None:
         raise ValueError(f"kl_coef {params.kl_coef} needs a reference model")
-    precision = torch.autocast(next(model.parameters()).device.type, dtype=autocast, enabled=autocast is not None)
-    stale = [s for k, batch in enumerate(mini_batches) for s in batch if k > 0 or s.old_prompt_ids != s.prompt_ids]
-    with precision:
-        old = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
-                              params.temperature)
+    stale = [s for k, batch in enumerate(mini_batches) for s in batch
+             if s.old_logp is None and (k > 0 or s.old_prompt_ids != s.prompt_ids)]
+    old = sample_logprobs(model, [s.old_prompt_ids for s in stale], [s.response_ids for s in stale], token_budget,
+                          params.temperature, autocast)
     for sample, logp in zip(stale, old):
         sample.old_logp = logp
 
@@ -268,7 +292,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
         for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
-            with precision:
+            with precision(model, autocast):
                 loss, sums = pack_loss(model, reference, pack, [batch[i] for i in pack.members], params)
             (loss / tokens).backward()
             for name, value in sums.items():
@@ -276,7 +300,8 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
             done += len(pack.members)
             progress(done)
         totals["tokens"] += tokens
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item()  # a sharded model's norm has to be put together
         grad_norms.append(norm)
         if math.isfinite(norm):
             optimizer.step()

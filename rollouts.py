@@ -59,13 +59,14 @@ def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
     """
     start = time.monotonic()
     calls, seconds, _ = judge.counts()
-    futures = [None] * len(rollouts)
+    futures, first = [None] * len(rollouts), None
     seeds = [address_seed(*address, r.group, r.sample) for r in rollouts]
     for done, response in enumerate(sampler.sample([r.prompt_ids for r in rollouts], seeds, params), 1):
         rollout = rollouts[response.index]
         rollout.response_ids, rollout.finished = response.token_ids, response.finished
         rollout.sampled_logp = response.logprobs
         rollout.text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
+        first = first or time.monotonic()
         futures[response.index] = judge.submit(rollout.task, rollout.text)
         bar.set_description(f"sampling {done}/{len(rollouts)}")
     sampled = time.monotonic()
@@ -81,7 +82,8 @@ def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
         "judge/unscored": sum(rollout.reward is None for rollout in rollouts) / len(rollouts),
         "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
         "time/sample": sampled - start,
-        "time/judge": time.monotonic() - start,  # from the first response on: it overlaps time/sample
+        "time/judge": time.monotonic() - first,  # from the first response on: overlaps time/sample
+        "time/rollout": time.monotonic() - start,  # both together
     }
 
 

@@ -14,12 +14,11 @@ what needed prompting becomes habit.
 
 import sys
 
-from config import Config, judge_extra, parse_command_line
+from config import Config, parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     COMMAND_LINE = parse_command_line()
 
-import hashlib
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
@@ -34,24 +33,23 @@ from tqdm import tqdm
 
 import grpo
 import report
-from chat import ChatClient
-from judge import ChatJudge, Judge, SelfJudge
-from policy import cpu_dtype, keep_freed_memory, load_policy, prompt_ids, save_policy, stop_ids
+from policy import named_weights, prompt_ids, save_policy
+from prepare import set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
-from rules import rule_from_tags
-from runs import Run
-from sampler import SamplingParams, TransformersSampler, address_seed
-from scaffold import scaffold_messages, scaffold_ratios
-from tasks import load_tasks, split_tasks
+from sampler import SamplingParams, address_seed
+from scaffold import scaffold_ratios
 
 
 class Stopped(RuntimeError):
     """The run cannot go on; the message says why."""
 
 
-def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0):
+def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks, held_out, run, start=0, autocast=None):
     """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
-    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k, logprobs=True)
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k,
+                            logprobs=unfiltered(config))
+    if config.check_sync:
+        check_sync(config, policy, sampler, held_out, tokenizer, autocast)
     with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None) as bar:
         for step in range(start, config.steps):
             began = time.monotonic()
@@ -68,8 +66,10 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
             row |= sample_and_judge(rollouts, (config.seed, step), sampler, judge, tokenizer, params, bar)
             stop_if_unjudged(config, row["judge/unknown"], judge)
             set_advantages(rollouts, config.group_size)
-            row |= update_policy(config, rollouts, policy, reference, optimizer, bar)
-            sampler.sync(policy)
+            probes = [] if unfiltered(config) else sample_probes(config, sampler, [r.plain_ids for r in rollouts])
+            sampler.sleep()
+            row |= update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar)
+            sampler.sync(named_weights(policy))
 
             row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
             row["time/step"] = time.monotonic() - stepped
@@ -113,26 +113,86 @@ def set_advantages(rollouts, group_size):
         rollout.advantage = advantage
 
 
-def update_policy(config, rollouts, policy, reference, optimizer, bar):
+def update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar):
     """Hand the rollouts to GRPO as (prompt, response, advantage): on the plain question, unless --ratio says otherwise."""
+    start = time.monotonic()
+    bar.set_description("updating")
     samples = [grpo.Sample(prompt_ids=r.prompt_ids if config.ratio == "scaffolded" else r.plain_ids,
                            old_prompt_ids=r.plain_ids if config.ratio == "plain" else r.prompt_ids,
                            response_ids=r.response_ids, advantage=r.advantage) for r in rollouts]
+    pairs = score_probes(config, policy, probes, autocast)
+    row = weigh_tokens(config, rollouts, samples, policy, autocast) if config.tis else {}
     size = config.mini_batch_size * config.group_size
     params = grpo.LossParams(config.kl, config.clip_low, config.clip_high, config.dual_clip or None, config.temperature)
-    start = time.monotonic()
-    bar.set_description("updating")
-    stats = grpo.update(policy, optimizer, [samples[i : i + size] for i in range(0, len(samples), size)], params,
-                        reference=reference, max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
-                        autocast=autocast_dtype(config, policy.device),
-                        progress=lambda done: bar.set_description(f"updating {done}/{len(samples)}"))
-    row = {**stats, "time/update": time.monotonic() - start}
-    if config.top_p == 1 and config.top_k == 0:  # else the sampler renormalises over fewer tokens
-        gaps = [(torch.tensor(r.sampled_logp) - s.old_logp).abs() for r, s in zip(rollouts, samples)
-                if s.old_prompt_ids == r.prompt_ids]
-        if gaps:
-            row |= {"gap/mean": torch.cat(gaps).mean().item(), "gap/max": torch.cat(gaps).max().item()}
-    return row
+    row |= grpo.update(policy, optimizer, [samples[i : i + size] for i in range(0, len(samples), size)], params,
+                       reference=reference, max_grad_norm=config.max_grad_norm, token_budget=config.token_budget,
+                       autocast=autocast, progress=lambda done: bar.set_description(f"updating {done}/{len(samples)}"))
+    if unfiltered(config):  # then the samples themselves tell, where both saw the same prompt
+        pairs = [(torch.tensor(r.sampled_logp), s.old_logp) for r, s in zip(rollouts, samples)
+                 if s.old_prompt_ids == r.prompt_ids]
+    return {**row, **gap(pairs), "time/update": time.monotonic() - start}
+
+
+def weigh_tokens(config, rollouts, samples, policy, autocast):
+    """Truncated importance sampling: give each token of `samples` its weight, which corrects for the sampler's rounding."""
+    logps = grpo.sample_logprobs(policy, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts],
+                                 config.token_budget, config.temperature, autocast)
+    for rollout, sample, logp in zip(rollouts, samples, logps):
+        sample.importance = grpo.truncated_importance(logp, torch.tensor(rollout.sampled_logp), config.tis)
+        if sample.old_prompt_ids == rollout.prompt_ids:
+            sample.old_logp = logp  # need not be computed again
+    weights = torch.cat([sample.importance for sample in samples])
+    return {"tis/mean": weights.mean().item(), "tis/capped": (weights >= config.tis).float().mean().item()}
+
+
+def unfiltered(config):
+    """Whether samples come from the whole distribution, so that the sampler's log-probabilities are the trainer's."""
+    return config.top_p == 1 and config.top_k == 0
+
+
+def sample_probes(config, sampler, prompts):
+    """(prompt, Response) of 8 short unfiltered samples, by which sampler and trainer are compared."""
+    prompts = prompts[:: max(1, len(prompts) // 8)][:8]
+    params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)
+    seeds = [address_seed(config.seed, "probe", i) for i in range(len(prompts))]
+    return [(prompts[response.index], response) for response in sampler.sample(prompts, seeds, params)]
+
+
+def score_probes(config, policy, probes, autocast):
+    """(sampler's, trainer's) log-probabilities of each probe: list of pairs of float32 [response tokens]."""
+    logps = grpo.sample_logprobs(policy, [prompt for prompt, _ in probes], [r.token_ids for _, r in probes],
+                                 config.token_budget, config.temperature, autocast)
+    return [(torch.tensor(response.logprobs), logp) for (_, response), logp in zip(probes, logps)]
+
+
+def gap(pairs):
+    """How far sampler and trainer are apart: |log-probability difference| a token, mean and maximum; empty for none."""
+    if not pairs:
+        return {}
+    gaps = torch.cat([(sampled - trained).abs() for sampled, trained in pairs])
+    return {"gap/mean": gaps.mean().item(), "gap/max": gaps.max().item()}
+
+
+def check_sync(config, policy, sampler, tasks, tokenizer, autocast):
+    """Prove that the sampler takes over every weight: far from the policy with other weights, equal after a sync.
+
+    The other weights are the policy's own with the rows of each tensor in reverse order. Equal: within 1e-4 a token in
+    float32; otherwise within 0.1 in the mean, which bfloat16's rounding stays under. Raises Stopped if it is not so.
+    """
+    prompts = [prompt_ids(tokenizer, task.messages) for task in tasks]
+
+    def gap_with(weights):
+        sampler.sync(weights)
+        return gap(score_probes(config, policy, sample_probes(config, sampler, prompts), autocast))
+
+    other = gap_with((name, weight.flip(0)) for name, weight in named_weights(policy))
+    same = gap_with(named_weights(policy))
+    exact = sampler.dtype == torch.float32
+    found = (f"mean gap {other['gap/mean']:.2g} with other weights, {same['gap/mean']:.2g} after the sync "
+             f"(max {same['gap/max']:.2g})")
+    if other["gap/mean"] < 0.2 or (same["gap/max"] > 1e-4 if exact else same["gap/mean"] > 0.1):
+        raise Stopped(f"--check-sync: the sampler does not follow the policy: {found} nats a token")
+    tqdm.write(f"check-sync: {found} nats a token", sys.stderr)
 
 
 def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar):
@@ -157,98 +217,6 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar
     return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
             "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
             "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
-
-
-def autocast_dtype(config, device):
-    """What the update computes in: None for the weights' own float32."""
-    if config.dtype == "auto":
-        dtype = cpu_dtype() if device.type == "cpu" else torch.bfloat16
-    else:
-        dtype = getattr(torch, config.dtype)
-    return None if dtype == torch.float32 else dtype
-
-
-def first_unruled(tasks):
-    """The first task with a criterion that has no rule, or None."""
-    return next((task for task in tasks for c in task.rubric if rule_from_tags(c.tags) is None), None)
-
-
-def make_chat_client(config, tasks):
-    """A checked ChatClient for --judge-url, or None without one.
-
-    Raises ConnectionError or ValueError for a server that cannot judge, ValueError for a --judge that does not fit.
-    """
-    if config.judge == "chat" and not config.judge_url:
-        raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
-    if config.judge == "rules" and (task := first_unruled(tasks)):
-        raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
-    if not config.judge_url or config.judge in ("rules", "self"):
-        return None
-    client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
-                        extra=judge_extra(config))
-    client.check()
-    return client
-
-
-def make_judge(config, client, tasks, tokenizer, sampler):
-    """Rules for what has rules; for the rest the server, or the policy itself."""
-    if first_unruled(tasks) is None:
-        return Judge()
-    if client is not None:
-        return Judge(ChatJudge(client))
-    tqdm.write("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)", sys.stderr)
-    prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
-                           for text in ('{"criteria_met":', " true", " false"))
-    if true[0] == false[0]:
-        raise ValueError("--judge self: this tokenizer begins true and false with the same token; use --judge-url")
-    params = SamplingParams(1, temperature=0, allowed_token_ids=(true[0], false[0]))
-    return Judge(SelfJudge(lambda messages: prompt_ids(tokenizer, messages), prefix, true[0], false[0],
-                           lambda prompts: sampler.sample(prompts, [0] * len(prompts), params)))
-
-
-def drop_long(config, tasks, tokenizer):
-    """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
-    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=None)
-            if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
-    if len(kept) < len(tasks):
-        tqdm.write(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
-                   f"{config.max_prompt_tokens} with the scaffold", sys.stderr)
-    if not kept:
-        raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
-    return kept
-
-
-def set_up(config):
-    """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
-
-    Raises ValueError or OSError for a mistake of the user's, in one line.
-    """
-    tasks = load_tasks(config.tasks)
-    split_tasks(tasks, config.held_out)
-    client = make_chat_client(config, tasks)
-    run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
-    keep_freed_memory()
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is available to torch")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    policy, tokenizer = load_policy(config.model, device)
-    context = getattr(policy.config, "max_position_embeddings", None)
-    if context and config.max_prompt_tokens + config.max_new_tokens > context:
-        raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to "
-                         f"{config.max_prompt_tokens + config.max_new_tokens}, but the model's context is {context} tokens")
-    reference = load_policy(config.model, device)[0].requires_grad_(False) if config.kl > 0 else None
-    tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    start = run.load_checkpoint(policy, optimizer) if config.resume else 0
-    precision = autocast_dtype(config, policy.device) or torch.float32
-    sampler = TransformersSampler(policy, stop_ids(policy, tokenizer), precision)
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()  # transformers checkpoints only in training mode
-    judge = make_judge(config, client, tasks + held_out, tokenizer, sampler)
-    run.open()
-    return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
-                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start)
 
 
 def main(config: Config):

@@ -1,5 +1,12 @@
 """Sampler: prompts of token ids in, responses of token ids out, one by one as they finish.
 
+Two of them behind the same functions: vllm_sampler.VLLMSampler wherever vLLM runs, and TransformersSampler here, which
+needs nothing but torch.
+
+    sample(prompts, seeds, params)   yields a Response for each prompt as it finishes
+    sync(weights)                    takes over the policy's weights, a stream of (name, tensor)
+    sleep()                          leaves its memory to the update, until the next sync
+
 The sampler holds a copy of the policy in its own precision: a cache that `sync` refreshes after every update. Each
 response draws from a generator of its own, whose seed is its address (seed, step, group, sample), so a response does
 not depend on what it was batched with, nor on where a run was interrupted (as far as rounding allows).
@@ -104,23 +111,35 @@ AttentionMaskInterface.register("decode", sdpa_mask)
 class TransformersSampler:
     """Batched sampling with a KV cache through a transformers model; needs nothing but torch.
 
-    model: the policy to copy. dtype: precision of the copy. stop_ids: tokens that end a response. max_batch_tokens:
+    model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens:
     prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
     """
 
-    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768):
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
+        self.model = copy.deepcopy(model).to(device, dtype).eval().requires_grad_(False)
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("decode")
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids, self.dtype = frozenset(stop_ids), dtype
         self.max_batch_tokens = max_batch_tokens
 
     @torch.no_grad()
-    def sync(self, model):
-        """Copy the weights of `model`, so that what is sampled from now on comes from the updated policy."""
-        source = dict(model.named_parameters())
-        for name, weight in self.model.named_parameters():
-            weight.copy_(source[name])
+    def sync(self, weights):
+        """Copy `weights`, (name, tensor) for each parameter: what is sampled from now on comes from the updated policy.
+
+        Raises ValueError where one is missing or unknown.
+        """
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        seen = set()
+        for name, weight in weights:
+            if name not in own:
+                raise ValueError(f"sync: the sampler's model has no weight {name}")
+            own[name].copy_(weight)
+            seen.add(name)
+        if seen != own.keys():
+            raise ValueError(f"sync: no weight came for {', '.join(sorted(own.keys() - seen)[:3])}")
+
+    def sleep(self):
+        """Nothing to give back: the copy stays."""
 
     @torch.inference_mode()
     def sample(self, prompts, seeds, params):

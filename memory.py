@@ -1,0 +1,131 @@
+"""How much memory a run takes, part by part, worked out without loading weights.
+
+P parameters cost 16 bytes each while they are trained: float32 weights, gradients and two moments of Adam. The reference,
+the sampler's copy and its key-value cache come on top, and the activations of one pack, which are not estimated by
+formula: the update's own forward pass is run on tensors without data, and what autograd keeps is counted.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+import grpo
+from vllm_sampler import kv_bytes_per_token
+
+CHUNK = 256  # response tokens whose logits exist at a time, in grpo.response_logprobs
+# Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
+LIBRARIES = {"host": 0.8e9, "vllm": 0.7e9, "cuda": 1.5e9, "vllm on cuda": 3e9}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes: where ("device": where the policy computes, "host": beside a GPU) and when they are there."""
+
+    name: str
+    bytes: float
+    place: str = "device"
+    when: str = "always"  # or "update" or "sampling"
+
+
+def count_parameters(model_config):
+    """Number of parameters of the model, tied ones once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+
+
+def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointing):
+    """(bytes kept between forward and backward, bytes of passing use) for a pack of `tokens` tokens.
+
+    weights_dtype: of the weights that compute; autocast: None, or the dtype they are cast to. checkpointing: only each
+    layer's input is kept, and one layer at a time is computed again.
+    """
+    kept = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        responses = [[0] * (tokens // 8)] * 7  # the question takes the rest
+        pack = grpo.make_packs([[0] * (tokens - 7 * (tokens // 8))] * 7, responses, tokens)[0]
+        with grpo.precision(model, autocast), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            grpo.response_logprobs(model, pack, with_entropy=True, chunk=CHUNK)
+        total = sum(storage.nbytes() for storage in kept.values())
+    text = model_config.get_text_config()
+    layer = total / text.num_hidden_layers
+    if checkpointing:
+        width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
+        total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
+    logits = 6 * CHUNK * text.vocab_size * 4  # logits, log-softmax, its exponential and their gradients
+    return total, layer + logits + tokens * tokens * 5  # the mask, as boolean and as numbers
+
+
+def parts(config, model_config, device, vllm, offload, dtype):
+    """Parts of a run's memory: list of Part.
+
+    device: "cpu" or "cuda"; vllm: whether vLLM samples; offload: whether master weights, gradients and optimizer are held
+    by the host; dtype: what sampler and update compute in.
+    """
+    P = count_parameters(model_config)
+    gpu = device == "cuda"
+    text = model_config.get_text_config()
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    kv = kv_bytes_per_token(model_config, dtype)
+    masters = "host" if offload else "device"
+    result = [Part("weights, float32", 4 * P, masters), Part("gradients", 4 * P, masters, "update"),
+              Part("Adam's two moments", 8 * P, masters)]
+    if gpu:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
+        gathered = min(P, 2 * text.vocab_size * text.hidden_size + 2 * P / text.num_hidden_layers)
+        result.append(Part("weights being computed with", gathered * (dtype.itemsize + 4), when="update"))
+    if config.kl > 0:
+        result.append(Part("reference model", P * (dtype.itemsize if gpu else 4)))
+    autocast = None if gpu or dtype == torch.float32 else dtype
+    kept, passing = activation_bytes(model_config, max(config.token_budget, longest), dtype if gpu else torch.float32,
+                                     autocast, config.gradient_checkpointing)
+    result += [Part("activations of a pack", kept, when="update"), Part("passing use of a pack", passing, when="update")]
+    when = "sampling" if gpu and vllm else "always"
+    tied_copy = text.vocab_size * text.hidden_size if vllm and not gpu and text.tie_word_embeddings else 0
+    result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize, when=when))
+    if vllm and gpu:
+        cache = config.group_size * longest * kv  # at the least: a group of the longest responses at a time
+    elif vllm:
+        cache = max(1 << 30, 2 * kv * longest)
+    else:
+        rows = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
+        cache = min(rows * longest, max(32768, longest)) * kv
+    result.append(Part("key-value cache" + (", at least" if vllm and gpu else ""), cache, when="sampling" if gpu else when))
+    result.append(Part("interpreter and libraries", LIBRARIES["host"] + LIBRARIES["vllm"] * vllm, "host" if gpu else "device"))
+    if gpu:
+        result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
+    return result
+
+
+def peak(parts, place):
+    """Bytes at the fuller of the two times, sampling or update."""
+    def total(when):
+        return sum(part.bytes for part in parts if part.place == place and part.when in ("always", when))
+
+    return max(total("update"), total("sampling"))
+
+
+def host_bytes():
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_bytes(device):
+    """Memory of the device on this machine."""
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else host_bytes()
+
+
+def vllm_share(parts, device_bytes):
+    """The share of a GPU that vLLM may fill while it is awake: 92% of it less what is always there."""
+    always = sum(part.bytes for part in parts if part.place == "device" and part.when == "always")
+    return max(0.05, 0.92 - (always - LIBRARIES["vllm on cuda"]) / device_bytes)

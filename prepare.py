@@ -1,0 +1,160 @@
+"""From a Config to the parts of a run: tasks, judge, policy, sampler, optimizer. What can be checked early is.
+
+Mistakes of the user's are ValueError or OSError with one line.
+"""
+
+import hashlib
+import sys
+
+import torch
+from tqdm import tqdm
+
+import memory
+from chat import ChatClient
+from config import judge_extra
+from judge import ChatJudge, Judge, SelfJudge
+from policy import cpu_dtype, keep_freed_memory, load_policy, named_weights, prompt_ids, shard, stop_ids
+from rules import rule_from_tags
+from runs import Run
+from sampler import SamplingParams, TransformersSampler
+from scaffold import scaffold_messages
+from tasks import load_tasks, split_tasks
+from vllm_sampler import VLLMSampler, vllm_obstacle
+
+
+def say(line):
+    """A line for the person in front, above any progress bar."""
+    tqdm.write(line, sys.stderr)
+
+
+def computing_dtype(config, device):
+    """What sampler and update compute in; the master weights are always float32."""
+    if config.dtype == "auto":
+        return cpu_dtype() if device == "cpu" else torch.bfloat16
+    return getattr(torch, config.dtype)
+
+
+def first_unruled(tasks):
+    """The first task with a criterion that has no rule, or None."""
+    return next((task for task in tasks for c in task.rubric if rule_from_tags(c.tags) is None), None)
+
+
+def make_chat_client(config, tasks):
+    """A checked ChatClient for --judge-url, or None without one.
+
+    Raises ConnectionError or ValueError for a server that cannot judge, ValueError for a --judge that does not fit.
+    """
+    if config.judge == "chat" and not config.judge_url:
+        raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
+    if config.judge == "rules" and (task := first_unruled(tasks)):
+        raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
+    if not config.judge_url or config.judge in ("rules", "self"):
+        return None
+    client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
+                        extra=judge_extra(config))
+    client.check()
+    return client
+
+
+def make_judge(client, tasks, tokenizer, sampler, context):
+    """Rules for what has rules; for the rest the server, or the policy itself, whose context is so many tokens."""
+    if first_unruled(tasks) is None:
+        return Judge()
+    if client is not None:
+        return Judge(ChatJudge(client))
+    say("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)")
+    prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
+                           for text in ('{"criteria_met":', " true", " false"))
+    if true[0] == false[0]:
+        raise ValueError("--judge self: this tokenizer begins true and false with the same token; use --judge-url")
+    params = SamplingParams(1, temperature=0, allowed_token_ids=(true[0], false[0]))
+    return Judge(SelfJudge(lambda messages: prompt_ids(tokenizer, messages), prefix, true[0], false[0],
+                           lambda prompts: sampler.sample(prompts, [0] * len(prompts), params), context - 1))
+
+
+def drop_long(config, tasks, tokenizer):
+    """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
+    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=None)
+            if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
+    if len(kept) < len(tasks):
+        say(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
+            f"{config.max_prompt_tokens} with the scaffold")
+    if not kept:
+        raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
+    return kept
+
+
+def choose_device(config):
+    """"cpu" or "cuda"."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available to torch")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def choose_sampler(config, device):
+    """"vllm" where it runs, else "transformers", and says which and why; --sampler insists."""
+    if config.sampler == "transformers":
+        return "transformers"
+    obstacle = vllm_obstacle(device)
+    if obstacle and config.sampler == "vllm":
+        raise ValueError(f"--sampler vllm: {obstacle}")
+    say(f"sampler: transformers, because {obstacle}" if obstacle else f"sampler: vllm, on {device}")
+    return "transformers" if obstacle else "vllm"
+
+
+def choose_memory(config, policy_config, device, vllm):
+    """(whether the host holds weights, gradients and optimizer, share of the GPU for vLLM), by what fits."""
+    if device == "cpu":
+        if config.offload == "yes":
+            raise ValueError("--offload yes: the policy is on the CPU already")
+        return False, 0
+    there, dtype = memory.device_bytes(device), computing_dtype(config, device)
+    needs = {offload: memory.parts(config, policy_config, device, vllm, offload, dtype) for offload in (False, True)}
+    offload = config.offload == "yes" or (config.offload == "auto" and memory.peak(needs[False], "device") > there)
+    if offload:
+        say("offload: master weights, gradients and optimizer state stay in the host's memory")
+    return offload, memory.vllm_share(needs[offload], there)
+
+
+def set_up(config):
+    """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
+
+    Raises ValueError or OSError for a mistake of the user's, in one line.
+    """
+    tasks = load_tasks(config.tasks)
+    split_tasks(tasks, config.held_out)
+    client = make_chat_client(config, tasks)
+    run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
+    device = choose_device(config)
+    vllm = choose_sampler(config, device) == "vllm"
+    keep_freed_memory()
+    policy, tokenizer = load_policy(config.model)
+    context = getattr(policy.config, "max_position_embeddings", None) or 2**31 - 1
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if longest > context:
+        raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
+                         f"{context} tokens")
+    tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
+    offload, gpu_memory = choose_memory(config, policy.config, device, vllm)
+    dtype, stops = computing_dtype(config, device), stop_ids(policy, tokenizer)
+    self_judged = client is None and first_unruled(tasks + held_out) is not None
+    if vllm:  # before the policy takes its part of the GPU; what a judge reads is longer than what it judges
+        sampler = VLLMSampler(policy.config, stops, dtype, context if self_judged else longest, gpu_memory)
+    else:
+        sampler = TransformersSampler(policy, stops, dtype, device=device)
+    reference = None
+    if config.kl > 0:
+        reference = load_policy(config.model, device, dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)
+    if device == "cuda":
+        shard(policy, device, dtype, offload)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    start = run.load_checkpoint(policy, optimizer) if config.resume else 0
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()  # transformers checkpoints only in training mode
+    sampler.sync(named_weights(policy))
+    judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
+    run.open()
+    return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
+                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start,
+                autocast=None if device == "cuda" or dtype == torch.float32 else dtype)

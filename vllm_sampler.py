@@ -1,0 +1,134 @@
+"""vLLM as the sampler: its engine in the trainer's process, with the policy's weights streamed in after every update.
+
+The functions are those of sampler.py. What vLLM would do by itself and must not: keep old weights or what it cached with
+them, end a response at tokens that are not ours, report log-probabilities before temperature.
+"""
+
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+
+import torch
+
+from sampler import Response
+
+
+def vllm_obstacle(device):
+    """Why vLLM cannot sample beside a policy on `device` ("cpu" or "cuda"), or None where it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    try:
+        platform = _import_vllm().platforms.current_platform
+    except Exception as error:  # a build that does not fit this machine can fail in any way while it is imported
+        return f"vllm does not import: {' '.join(str(error).split())[:200]}"
+    if platform.device_type != device:
+        return f"this vllm runs on {platform.device_type or 'no device'}, the policy is on {device}"
+    return None
+
+
+def _import_vllm():
+    """The vllm package, told to run its engine in this process and to be quiet; seconds the first time."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # bound threads would be stuck on a core that is busy
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    import vllm.platforms
+    import vllm.sampling_params
+
+    return vllm
+
+
+def kv_bytes_per_token(config, dtype):
+    """Bytes of key-value cache that a token takes in a model of this (transformers) config."""
+    config = config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
+
+
+class VLLMSampler:
+    """vLLM's engine in this process, driven step by step.
+
+    config: the policy's transformers config. The engine is built from it alone, with arbitrary weights; `sync` has to
+    come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
+    tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake; on CPU the key-value cache
+    takes 1 GiB, or what one sequence needs. Raises ValueError for a model or a machine that vLLM refuses.
+    """
+
+    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5):
+        self._vllm = _import_vllm()
+        self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
+        self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
+        if self.on_gpu:
+            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": 256}
+        else:
+            torch._dynamo.config.disable = True  # compiling for a minute would not pay
+            cache = max(1 << 30, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
+            options = {"kv_cache_memory_bytes": cache, "enforce_eager": True, "max_num_seqs": 128}
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            try:
+                self._llm = self._vllm.LLM(
+                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
+                    dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len,
+                    logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
+            except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
+                raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
+                                 "(--sampler transformers needs no vllm)") from None
+        self._asleep = False
+
+    def sync(self, weights):
+        """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.
+
+        A tied output layer must come under its own name too: the engine may keep a second copy of it.
+        """
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self._llm.reset_prefix_cache()  # what it holds was computed with the old weights
+
+    def sleep(self):
+        """Free the weights and the cache on the GPU until the next sync; on CPU there is no such thing."""
+        if self.on_gpu and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def sample(self, prompts, seeds, params):
+        """Yield a Response for every prompt as it finishes, in no fixed order.
+
+        prompts: list of token-id lists; seeds: one int each. Raises ValueError for a prompt that is empty, or too long for
+        max_model_len.
+        """
+        if not all(prompts):
+            raise ValueError("an empty prompt cannot be continued")
+        longest = max(map(len, prompts), default=0)
+        if longest + params.max_new_tokens > self.max_model_len:  # vllm would cut the response short
+            raise ValueError(f"a prompt of {longest} tokens and a response of {params.max_new_tokens} do not fit in the "
+                             f"sampler's {self.max_model_len} tokens")
+        engine = self._llm.llm_engine
+        try:
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                engine.add_request(str(index), {"prompt_token_ids": prompt}, self._request(seed, params))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answer = output.outputs[0]
+                    logprobs = ([at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids)]
+                                if params.logprobs else [])
+                    yield Response(int(output.request_id), list(answer.token_ids), logprobs,
+                                   answer.finish_reason == "stop")
+        finally:  # nobody wants the rest
+            engine.abort_request([str(index) for index in range(len(prompts))])
+
+    def _request(self, seed, params):
+        # Our stop tokens and no others end a response; log-probabilities are those of the token that was drawn.
+        return self._vllm.SamplingParams(
+            max_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            seed=seed, logprobs=0 if params.logprobs else None, stop_token_ids=self.stop_ids, ignore_eos=True,
+            allowed_token_ids=list(params.allowed_token_ids) or None, detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY)
