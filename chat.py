@@ -1,7 +1,9 @@
 """Talking to OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
 
-Retried, with growing pauses: connection errors, time-outs, 429 (its Retry-After is honoured), 5xx, and answers that the
-caller's parser refuses. Never retried: any other 4xx, which would fail again. What fails in the end raises ChatError.
+Retried, with growing pauses: time-outs, 429 (its Retry-After is honoured), 5xx, and answers that the caller's parser
+refuses, which are asked for again with another temperature. Never retried: any other 4xx, which would fail again. A
+server that cannot be reached is waited for, so that it can be restarted under a run. What fails in the end raises
+ChatError.
 """
 
 import os
@@ -21,27 +23,38 @@ class ChatError(RuntimeError):
     """A request that failed for good; the message says why and never contains the key."""
 
 
+class _Failed(Exception):
+    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
+
+    def __init__(self, reason, pause=0.0, temperature=0.0):
+        super().__init__(reason)
+        self.pause, self.temperature = pause, temperature
+
+
 class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable that holds the API key, if there is one. concurrency: requests at a time, over all servers.
-    timeout: seconds for one try. retries: tries after the first. extra: fields added to every request body.
+    timeout: seconds for one try. retries: tries after the first. patience: seconds for which no server may be reachable
+    before requests fail; such tries are not counted. extra: fields added to every request body.
     counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 max_tokens=1024, first_pause=0.5, extra=None):
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model = model
         self.key_variable = key_variable
-        self.timeout, self.retries, self.max_tokens, self.first_pause = timeout, retries, max_tokens, first_pause
+        self.timeout, self.retries, self.patience = timeout, retries, patience
+        self.max_tokens, self.first_pause = max_tokens, first_pause
         self.extra = extra or {}
         self.structured = True  # until a server refuses response_format
         self.counts = Counter()
         self.last_error = None
         self._in_flight = Counter({url: 0 for url in self.base_urls})
         self._rests_until = dict.fromkeys(self.base_urls, 0.0)  # a server that failed is avoided for a moment
+        self._down_since = {}  # servers that could not be reached when they were last tried
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
@@ -87,34 +100,8 @@ class ChatClient:
         Raises ChatError when all tries failed or the server refuses the request.
         """
         start = time.monotonic()
-        reason = "no try was made"
         try:
-            for attempt in range(self.retries + 1):
-                pause = min(self.first_pause * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-                url = self._acquire()
-                try:
-                    answer = self._post(url, messages, schema)
-                except requests.RequestException as error:
-                    reason = f"{url}: {type(error).__name__}"
-                    self._rests_until[url] = time.monotonic() + 5
-                else:
-                    if answer.status_code == 200:
-                        try:
-                            text = self._text(answer)
-                            return text if parse is None else parse(text)
-                        except ValueError as error:
-                            reason = f"{url}: unusable answer: {error}"
-                    elif answer.status_code == 429 or answer.status_code >= 500:
-                        reason = f"{url}: HTTP {answer.status_code}"
-                        pause = max(pause, min(_retry_after(answer), LONGEST_PAUSE))
-                    else:
-                        raise ChatError(f"{url}: HTTP {answer.status_code}: {_message(answer)}")
-                finally:
-                    with self._lock:
-                        self._in_flight[url] -= 1
-                if attempt < self.retries:
-                    time.sleep(pause)
-            raise ChatError(f"{reason} (gave up after {self.retries + 1} tries)")
+            return self._until_answered(messages, parse, schema)
         except ChatError as error:
             with self._lock:
                 self.counts["failures"] += 1
@@ -124,6 +111,61 @@ class ChatClient:
             with self._lock:
                 self.counts["calls"] += 1
                 self.counts["seconds"] += time.monotonic() - start
+
+    def _until_answered(self, messages, parse, schema):
+        tries, unreached, temperature = 0, 0, 0.0
+        while True:
+            pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+            url = self._acquire()
+            try:
+                return self._try(url, messages, parse, schema, temperature)
+            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
+                outage = self._outage(url)
+                if outage > self.patience:
+                    raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
+                                    f"{self.patience:.0f} s)") from None
+                unreached += 1
+                pause = min(pause, 5) if outage > 0 else 0  # 0: another server is up
+            except (requests.RequestException, _Failed) as error:
+                tries += 1
+                if tries > self.retries:
+                    reason = error if isinstance(error, _Failed) else type(error).__name__
+                    raise ChatError(f"{url}: {reason} (gave up after {tries} tries)") from None
+                if isinstance(error, _Failed):
+                    pause = max(pause, error.pause)
+                    temperature = error.temperature
+            finally:
+                with self._lock:
+                    self._in_flight[url] -= 1
+            time.sleep(pause)
+
+    def _try(self, url, messages, parse, schema, temperature):
+        """One request. Raises _Failed or RequestException for what may pass, ChatError for what will not."""
+        try:
+            answer = self._post(url, messages, schema, temperature)
+        except requests.Timeout:
+            self._rests_until[url] = time.monotonic() + 5
+            raise
+        self._down_since.pop(url, None)
+        if answer.status_code == 200:
+            try:
+                text = self._text(answer)
+                return text if parse is None else parse(text)
+            except ValueError as error:
+                raise _Failed(f"unusable answer: {error}", temperature=0.7) from None  # at 0 the same would come again
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+        raise ChatError(f"{url}: HTTP {answer.status_code}: {_message(answer)}")
+
+    def _outage(self, url):
+        """Note that `url` cannot be reached; seconds for which no server could be, 0 while another one is up."""
+        now = time.monotonic()
+        with self._lock:
+            self._rests_until[url] = now + 5
+            self._down_since.setdefault(url, now)
+            if len(self._down_since) < len(self.base_urls):
+                return 0.0
+            return now - max(self._down_since.values()) + 1e-9
 
     def _acquire(self):
         """The server with the fewest requests in flight, resting ones last; counted in."""
@@ -138,10 +180,11 @@ class ChatClient:
         key = os.environ.get(self.key_variable)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    def _post(self, url, messages, schema):
+    def _post(self, url, messages, schema, temperature):
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens, **self.extra}
+        body = {"model": self.model, "messages": messages, "temperature": temperature,
+                "max_tokens": self.max_tokens, **self.extra}
 
         def send(extra):
             return self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),

@@ -19,7 +19,8 @@ def setting(default, help, choices=None):
 
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "judge_url", "judge_extra", "judge_concurrency", "max_unknown",
-              "token_budget", "gradient_checkpointing", "device", "offload", "check_sync", "tracker", "runs", "name"}
+              "token_budget", "gradient_checkpointing", "device", "offload", "gpu_gb", "check_sync", "tracker", "runs",
+              "name"}
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Config:
                            "auto: where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
+    gpu_gb: float = setting(0.0, "memory of the GPU, in GB; 0 asks the GPU. With --plan, a GPU that is not there")
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
@@ -109,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(argv=None):
-    """Config from the command line; exits with status 2 and one line on a mistake."""
+    """(what to do: "train", "plan" or "calibrate", Config); exits with status 2 and one line on a mistake."""
     parser = _Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
                      "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
     for field in dataclasses.fields(Config):
@@ -122,13 +124,20 @@ def parse_command_line(argv=None):
         choices = field.metadata["choices"]
         parser.add_argument(flag(field.name), type=field.type, choices=choices, default=None, help=help + shown,
                             metavar=None if choices else field.type.__name__.upper())
+    parser.add_argument("--plan", dest="action", action="store_const", const="plan", default="train",
+                        help="print steps, samples, judge calls and memory of the run instead of running it")
+    parser.add_argument("--judge-calibrate", dest="action", action="store_const", const="calibrate",
+                        help="ask the judge at --judge-url what rules know, and print how often it is right")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    action = given.pop("action")
     try:
         config = _resumed(given) if given.get("resume") else _new(given)
         check(config)
+        if action == "calibrate" and not config.judge_url:
+            raise ValueError("--judge-calibrate needs --judge-url (or $RUSCARL_JUDGE_URL)")
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return config
+    return action, config
 
 
 def _new(given):
@@ -164,7 +173,7 @@ def check(config):
                  "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "tis"):
+    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "tis", "gpu_gb"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")
     for name in ("midpoint", "max_unknown", "top_p"):

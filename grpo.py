@@ -33,7 +33,7 @@ class Sample:
     advantage: float
     old_prompt_ids: list
     old_logp: torch.Tensor | None = None  # [response tokens] float32, before the update; `update` sets it where it is None
-    importance: torch.Tensor | None = None  # [response tokens] weight of each token, see truncated_importance; None: 1
+    importance: torch.Tensor | None = None  # [response tokens] see truncated_importance; set for all samples or none
 
 
 def group_advantages(rewards, eps=1e-6):
@@ -168,11 +168,11 @@ def pack_mask(segment):
 def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=256):
     """(log-probability of each response token [response tokens], entropy at each or None), float32.
 
-    Conditions on the pack's question. A model that policy.shard has wrapped gathers its weights around this call. Logits are divided by `temperature`, so that this is the distribution that was
+    Conditions on the pack's question; logits are divided by `temperature`, so that this is the distribution that was
     sampled from. Only the hidden states at response tokens meet the vocabulary, `chunk` of them at a time, and their
     logits are recomputed in the backward pass: memory does not grow with tokens x vocabulary.
     """
-    if hasattr(model, "sharded_call"):
+    if hasattr(model, "sharded_call"):  # policy.shard: weights are gathered around the call
         return model.sharded_call(_response_logprobs, pack, temperature, with_entropy, chunk)
     return _response_logprobs(model, pack, temperature, with_entropy, chunk)
 
@@ -213,16 +213,14 @@ def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0, au
 
 
 def precision(model, dtype):
-    """Context in which `model` computes in `dtype`; None is the weights' own."""
+    """Context in which `model` computes in `dtype`, or in its weights' own where that is None."""
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def truncated_importance(logp, sampled_logp, cap):
-    """min(exp(logp - sampled_logp), cap) for each token: the weight that corrects for a sampler that is not the trainer.
+    """Weight of each token that corrects for a sampler that rounds differently: min(exp(logp - sampled_logp), cap).
 
-    logp: the trainer's log-probability of each token under the prompt it was sampled from; sampled_logp: the sampler's;
-    one shape. Kernels and rounding differ between the two, and more so the longer a response. Truncated importance
-    sampling (Ionides 2008) bounds the variance of that correction; cap is usually 2.
+    The trainer's and the sampler's log-probabilities under the prompt that was sampled from. Any shape.
     """
     return (logp - sampled_logp).clamp(-20, 20).exp().clamp(max=cap)
 
@@ -251,9 +249,8 @@ def pack_loss(model, reference, pack, members, params):
             sample.old_logp = part
     old_logp = torch.cat([sample.old_logp for sample in members]).to(logp.device)
     advantages = torch.tensor([sample.advantage for sample in members]).repeat_interleave(lengths).to(logp.device)
-    if any(sample.importance is not None for sample in members):  # scales both branches of the clipped loss alike
-        weights = [torch.ones(n) if s.importance is None else s.importance for s, n in zip(members, lengths)]
-        advantages = advantages * torch.cat(weights).to(logp.device)
+    if members[0].importance is not None:  # scales both branches of the clipped loss alike
+        advantages = advantages * torch.cat([sample.importance for sample in members]).to(logp.device)
     loss, stats = policy_loss(logp, old_logp, advantages, torch.ones_like(logp), clip_low=params.clip_low,
                               clip_high=params.clip_high, dual_clip=params.dual_clip)
     stats["entropy"] = entropy.mean().item()

@@ -17,9 +17,9 @@ from functools import cache
 from chat import ChatError
 from rules import rule_from_tags
 
-VERDICT_SCHEMA = {
+VERDICT_SCHEMA = {  # without maxLength a small judge rambles until it is cut off, and the verdict never comes
     "type": "object",
-    "properties": {"explanation": {"type": "string"}, "criteria_met": {"type": "boolean"}},
+    "properties": {"explanation": {"type": "string", "maxLength": 500}, "criteria_met": {"type": "boolean"}},
     "required": ["explanation", "criteria_met"],
     "additionalProperties": False,
 }

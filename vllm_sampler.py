@@ -99,6 +99,10 @@ class VLLMSampler:
             self._llm.sleep(level=2)
             self._asleep = True
 
+    def close(self):
+        """Shut the engine down; there can be one at a time in a process. It takes the default process group with it."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def sample(self, prompts, seeds, params):
         """Yield a Response for every prompt as it finishes, in no fixed order.
 

@@ -11,10 +11,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import importlib.util
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# In CI nothing may be skipped for want of vllm: there the tests fail without it.
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
+                                reason="vllm is not installed (README, Install)")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -69,7 +75,7 @@ class Server:
     """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
     body text), set by the test; `requests`: the bodies received."""
 
-    def __init__(self):
+    def __init__(self, port=0):
         self.requests, self.answers = [], None
         server = self
 
@@ -97,7 +103,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 

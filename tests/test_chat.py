@@ -85,10 +85,35 @@ def test_nobody_listening():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
-    with pytest.raises(ChatError, match=r"ConnectionError .*2 tries"):
-        verdict(client(url, retries=1))
+    c = client(url, patience=0.3)
+    start = time.monotonic()
+    with pytest.raises(ChatError, match=r"ConnectionError .*no server could be reached"):
+        verdict(c)
+    assert 0.3 < time.monotonic() - start < 2
+    with pytest.raises(ChatError):  # the next one does not wait as long again
+        verdict(c)
+    assert time.monotonic() - start < 2.2
     with pytest.raises(ConnectionError, match="no server answers"):
         client(url).check()
+
+
+def test_a_server_that_comes_back_is_waited_for(server):
+    server.answers = lambda body, n: GOOD
+    port = int(server.url.split(":")[2].split("/")[0])
+    server.close()
+    c = client(server, retries=0, patience=20)
+    futures = [c.submit(ASK, parse=parse_verdict) for _ in range(8)]
+    time.sleep(1)
+    again = Server(port)
+    again.answers = lambda body, n: GOOD
+    assert all(f.result() is True for f in futures) and c.counts["failures"] == 0 and len(again.requests) == 8
+    again.close()
+
+
+def test_an_unusable_answer_is_asked_for_at_another_temperature(server):
+    server.answers = lambda body, n: completion("no") if n == 1 else GOOD
+    assert verdict(client(server)) is True
+    assert [r["temperature"] for r in server.requests] == [0, 0.7]
 
 
 def test_two_servers_share_the_work_and_one_may_die():

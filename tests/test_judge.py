@@ -100,9 +100,16 @@ def test_self_judge_asks_everything_in_one_batch():
         batches.append(prompts)
         yield from (Response(i, [7 if i == 0 else 8]) for i in reversed(range(len(prompts))))
 
-    judge = Judge(SelfJudge(lambda messages: [len(messages)], [5], 7, 8, sample))
+    judge = Judge(SelfJudge(lambda messages: [len(messages)], [5], 7, 8, sample, 2))
     futures = judge.submit(TASK, "rest") + judge.submit(TASK, "x")
     assert not futures[0].done()
     judge.finish()
     assert [f.result() for f in futures] == [True, True, False, False]
     assert batches == [[[2, 5], [2, 5]]]
+
+
+def test_a_prompt_that_the_self_judge_cannot_read_is_unknown():
+    judge = Judge(SelfJudge(lambda messages: [1] * 9, [5], 7, 8, lambda prompts: iter(()), 9))
+    verdicts = judge.submit(TASK, "rest")
+    judge.finish()
+    assert [f.result() for f in verdicts] == [None, True] and "10 tokens" in judge.counts()[2]

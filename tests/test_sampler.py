@@ -5,6 +5,7 @@ import torch
 
 import grpo
 from conftest import tiny_model
+from policy import named_weights
 from sampler import SamplingParams, TransformersSampler, address_seed, draw, filtered_logprobs
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
@@ -97,8 +98,18 @@ def test_logprobs_are_the_trainers_and_sync_is_seen(temperature, tied):
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     assert gap() > 0.05  # stale
-    sampler.sync(model)
+    sampler.sync(named_weights(model))
     assert gap() < 1e-4
+
+
+def test_a_sync_that_is_not_whole_is_refused(model):
+    sampler = TransformersSampler(model, [1])
+    weights = dict(named_weights(model))
+    with pytest.raises(ValueError, match="no weight nosuch"):
+        sampler.sync([("nosuch", torch.zeros(1))])
+    weights.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"no weight came for model\.norm\.weight"):
+        sampler.sync(weights.items())
 
 
 def test_addresses():
