@@ -196,7 +196,8 @@ def test_mistakes_are_one_line_and_status_2(tmp_path):
         (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
         (["--judge-extra", "{"], "--judge-extra"), (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
         (["--temperature", "nan"], "--temperature"), (["--offload", "yes"], "--offload"), (["--tis", "-1"], "--tis"),
-        (["--tis", "2", "--top-p", "0.9"], "--tis needs"),
+        (["--tis", "2", "--top-p", "0.9"], "--tis needs"), (["--gpu-gb", "80"], "--gpu-gb"),
+        (["--judge-calibrate"], "--judge-url"), (["--plan", "--held-out", "80"], "--held-out"),
         (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
     ]:
         if flags == ["--device", "cuda"] and torch.cuda.is_available():
@@ -244,7 +245,8 @@ def test_the_house():
         "sampler": "", "vllm_sampler": "sampler", "policy": "", "config": "scaffold runs", "runs": "", "report": "",
         "rollouts": "tasks scaffold judge policy sampler", "memory": "grpo vllm_sampler",
         "prepare": "rules tasks scaffold chat judge sampler vllm_sampler policy config runs memory",
-        "ruscarl": "grpo sampler policy config runs report rollouts prepare scaffold",
+        "plan": "memory judge policy prepare rules scaffold tasks", "calibrate": "judge prepare rules tasks",
+        "ruscarl": "grpo sampler policy config runs report rollouts prepare scaffold plan calibrate",
     }
     assert {p.stem for p in Path(ROOT).glob("*.py")} >= set(may_import)
     for name, allowed in may_import.items():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import grpo
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
 from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, pack_mask, policy_loss, response_logprobs
+from policy import load_policy, named_weights, save_policy, shard
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "grpo.json").read_text())
 
@@ -210,3 +211,49 @@ def test_entropy_and_chunks():
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits[0, 2:-1] / 0.5
     assert torch.allclose(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
     assert torch.allclose(logp, naive_logprobs(model, [5, 6, 7], [8, 9, 10, 11], 0.5), atol=1e-5)
+
+
+def test_truncated_importance_weighs_tokens_by_hand():
+    logp, sampled = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.5, -3.0, -1.0])
+    weights = grpo.truncated_importance(logp, sampled, 2.0)
+    assert weights.tolist() == pytest.approx([math.exp(0.5), 2.0, math.exp(-2)])
+    model, samples = tiny_model(1), make_samples()[:4]
+    for sample in samples:
+        sample.importance = torch.linspace(0.5, 2, len(sample.response_ids))
+    keep = Keep(model.parameters(), lr=1.0)
+    grpo.update(model, keep, [samples], LossParams(), max_grad_norm=1e9)
+    expected = tiny_model(1)
+    tokens = sum(len(s.response_ids) for s in samples)
+    for s in samples:  # at ratio 1 the gradient is that of the weighted log-probabilities
+        logp = naive_logprobs(expected, s.prompt_ids, s.response_ids)
+        (-(s.importance * s.advantage * logp).sum() / tokens).backward()
+    for kept, p in zip(keep.kept, expected.parameters(), strict=True):
+        assert torch.allclose(kept, p.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, tmp_path):
+    if torch.distributed.is_initialized():  # left by an engine
+        torch.distributed.destroy_process_group()
+    plain, sharded = tiny_model(1, tied), tiny_model(1, tied)
+    for model in (plain, sharded):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    shard(sharded, "cpu", torch.float32, offload)
+    stats = []
+    for model in (plain, sharded):
+        samples = make_samples()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        stats.append(grpo.update(model, optimizer, [samples[:4], samples[4:]], LossParams(), token_budget=30))
+    assert stats[0] == pytest.approx(stats[1], abs=1e-5)
+    whole = dict(named_weights(sharded))
+    assert all(torch.allclose(p, whole[name], atol=1e-6) for name, p in named_weights(plain))
+    torch.save({"model": sharded.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    sharded.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    save_policy(sharded, tiny_tokenizer(), tmp_path / "policy")
+    loaded, _ = load_policy(tmp_path / "policy")
+    assert all(torch.allclose(p, whole[name], atol=1e-6) for name, p in named_weights(loaded))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Judging the judge: the figures by hand, and a scripted judge over HTTP."""
+
+import json
+
+import numpy
+import pytest
+
+from calibrate import balanced_f1, interval, known_cases
+from conftest import completion
+from test_cli import RUN, command
+
+
+def test_balanced_f1_by_hand():
+    truth = [True, True, True, False, False]
+    said = [True, True, False, False, True]
+    # met: 2 right, 3 true, 3 said; not met: 1 right, 2 true, 2 said
+    assert balanced_f1(truth, said) == pytest.approx((4 / 6 + 2 / 4) / 2)
+    assert balanced_f1(truth, truth) == 1
+    assert balanced_f1(truth, [True] * 5) == pytest.approx(6 / 8 / 2)
+
+
+def test_the_interval_resamples_whole_responses():
+    truth, said = numpy.array([True] * 40), numpy.array([True] * 20 + [False] * 20)
+
+    def agreement(a, b):
+        return (a == b).mean()
+
+    narrow = interval(agreement, truth, said, list(range(40)))
+    wide = interval(agreement, truth, said, [i // 10 for i in range(40)])  # four responses of ten criteria
+    assert narrow[0] == pytest.approx(0.5 - 1.96 * (0.25 / 40) ** 0.5, abs=0.03)
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+
+
+def test_known_cases_hold_both_answers_for_both_signs():
+    cases = known_cases()
+    for sign in (1, -1):
+        truths = [truth for _, _, criterion, truth, _ in cases if criterion.points * sign > 0]
+        assert min(sum(truths), len(truths) - sum(truths)) >= 25
+    assert len({owner for *_, owner in cases}) == 40
+
+
+def test_a_perfect_a_contrary_and_a_failing_judge(server):
+    known = {(response, criterion.text): truth for _, response, criterion, truth, _ in known_cases()}
+
+    def lookup(body):
+        user = body["messages"][-1]["content"]
+        return next(t for (response, text), t in known.items()
+                    if json.dumps(response, ensure_ascii=False)[1:-1] in user and text.replace('"', '\\"') in user)
+
+    flags = ["--judge-calibrate", "--judge-url", server.url]
+    server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": lookup(body)}))
+    status, out, err, _ = command(RUN, *flags)
+    assert status == 0, err
+    assert "agreement        1.000  1.000 to 1.000" in out and "balanced F1      1.000" in out
+    assert f"{len(known)} of {len(known)} verdicts" in out
+    server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": True}))
+    status, out, _, _ = command(RUN, *flags)
+    share = sum(known.values()) / len(known)
+    assert f"agreement     {share:>8.3f}" in out and "most often wrong" in out
+    server.answers = lambda body, n: (404, {}, '{"error": {"message": "gone"}}')
+    status, out, err, _ = command(RUN, *flags)
+    assert status == 1 and f"unknown: {len(known)}" in out and "gone" in out and "Traceback" not in err
