@@ -10,7 +10,7 @@ from tqdm import tqdm
 import memory
 from judge import judge_messages
 from policy import load_config, prompt_ids
-from prepare import choose_device, choose_sampler, computing_dtype, drop_long
+from prepare import check_context, choose_device, choose_sampler, computing_dtype, drop_long
 from rules import rule_from_tags
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
@@ -28,36 +28,37 @@ def print_plan(config):
     """
     model_config, tokenizer = load_config(config.model)
     tasks, held_out = split_tasks(drop_long(config, load_tasks(config.tasks), tokenizer), config.held_out)
+    check_context(config, model_config)
     print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
-    for name, value in work(config, tasks, held_out, tokenizer):
+    plain, shown = ([len(prompt_ids(tokenizer, scaffold_messages(task.messages, rubric_of(task))))
+                     for task in tqdm([*tasks, *held_out], "measuring prompts", leave=False, disable=None)]
+                    for rubric_of in (lambda task: (), lambda task: task.rubric))
+    for name, value in work(config, tasks, held_out, tokenizer, plain, shown):
         print(f"  {name:18s}{value}")
     device = "cuda" if config.gpu_gb else choose_device(config)
-    shown, plain = (max(len(prompt_ids(tokenizer, scaffold_messages(t.messages, rubric(t)))) for t in tasks + held_out)
-                    for rubric in (lambda t: t.rubric, lambda t: ()))
-    lengths = {"question": shown if config.ratio == "scaffolded" else plain, "prompt": shown}
+    lengths = {"question": max(shown if config.ratio == "scaffolded" else plain), "prompt": max(shown)}
     return print_memory(config, device, partial(needs, model_config=model_config, device=device, **lengths))
 
 
-def work(config, tasks, held_out, tokenizer):
-    """What a run does: list of (name, line)."""
+def work(config, tasks, held_out, tokenizer, plain, shown):
+    """What a run does: list of (name, line). plain, shown: tokens of each question without and with the whole scaffold."""
     evaluations = len({*range(0, config.steps, config.eval_every), config.steps})
     samples = config.steps * config.batch_size * config.group_size
     evaluated = evaluations * config.held_out * config.eval_samples
-    plain, scaffolded, asked, read = [], [], [], []
-    for task in tqdm(tasks, "measuring", leave=False, disable=None):
-        plain.append(len(prompt_ids(tokenizer, task.messages)))
-        scaffolded.append(len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))))
+    updates = config.batch_size // config.mini_batch_size
+    asked, read = [], []
+    for task in tasks:
         open_criteria = [c for c in task.rubric if rule_from_tags(c.tags) is None]
         asked.append(len(open_criteria))
-        read += [len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for c in open_criteria[:2]]
+        read += [len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for c in open_criteria[:1]]
     lines = [
         ("tasks", f"{len(tasks):,} to train on, {len(held_out):,} held out"),
         ("steps", f"{config.steps:,}, each of {config.batch_size} questions x {config.group_size} responses and "
-                  f"{config.batch_size // config.mini_batch_size} optimiser steps "
+                  f"{updates} optimiser step{'s' if updates > 1 else ''} "
                   f"({config.steps * config.batch_size / len(tasks):.1f} epochs)"),
         ("samples", f"{samples:,} to train on, {evaluated:,} in {evaluations} evaluations"),
-        ("prompt tokens", f"{numpy.mean(plain):.0f} in the mean, {numpy.mean(scaffolded):.0f} with the whole scaffold, "
-                          f"{max(scaffolded):,} at the most"),
+        ("prompt tokens", f"{numpy.mean(plain):.0f} in the mean, {numpy.mean(shown):.0f} with the whole scaffold, "
+                          f"{max(shown):,} at the most"),
         ("response tokens", f"up to {config.max_new_tokens:,} each, {many(samples * config.max_new_tokens)} to train on"),
     ]
     if sum(asked):

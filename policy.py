@@ -152,15 +152,20 @@ def named_weights(model):
         yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def join_group(device):
+    """The default process group, of this process alone; before an engine makes its own, which has no CPU side on a GPU."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def shard(model, device, dtype, offload):
     """Let FSDP2 hold the model: float32 weights, gradients and optimizer state, computing in `dtype` on `device`.
 
     With offload they stay in the host's memory, and the device sees two layers at a time. The optimizer must be made
     afterwards, over model.parameters(). In place; returns the model.
     """
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0,
-                                world_size=1)
+    join_group(device)
     options = {"mesh": init_device_mesh(device, (dist.get_world_size(),)),
                "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
                "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()}

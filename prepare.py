@@ -13,7 +13,7 @@ import memory
 from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge, Judge, SelfJudge
-from policy import cpu_dtype, keep_freed_memory, load_policy, named_weights, prompt_ids, shard, stop_ids
+from policy import cpu_dtype, join_group, keep_freed_memory, load_policy, named_weights, prompt_ids, shard, stop_ids
 from rules import rule_from_tags
 from runs import Run
 from sampler import SamplingParams, TransformersSampler
@@ -86,6 +86,16 @@ def drop_long(config, tasks, tokenizer):
     return kept
 
 
+def check_context(config, model_config):
+    """Tokens that the model can read. Raises ValueError where the longest prompt with its response is longer."""
+    context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if longest > context:
+        raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
+                         f"{context} tokens")
+    return context
+
+
 def choose_device(config):
     """"cpu" or "cuda"."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -121,15 +131,12 @@ def set_up(config):
     vllm, why = choose_sampler(config, device)
     keep_freed_memory()
     policy, tokenizer = load_policy(config.model)
-    context = getattr(policy.config, "max_position_embeddings", None) or 2**31 - 1
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if longest > context:
-        raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
-                         f"{context} tokens")
+    context = check_context(config, policy.config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     dtype, stops = computing_dtype(config, device), stop_ids(policy, tokenizer)
     offload, gpu_memory = False, 0.0
     if device == "cuda":
+        join_group(device)
         offload, parts = memory.needs(config, policy.config, device, vllm, dtype)
         gpu_memory = memory.vllm_share(parts, memory.device_bytes(config, device))
         if offload:
@@ -137,7 +144,8 @@ def set_up(config):
     self_judged = client is None and first_unruled(tasks + held_out) is not None
     say(f"sampler: {'vllm' if vllm else 'transformers'} in {str(dtype).removeprefix('torch.')} ({why})")
     if vllm:  # before the policy takes its part of the GPU; what a judge reads is longer than what it judges
-        sampler = VLLMSampler(policy.config, stops, dtype, context if self_judged else longest, gpu_memory)
+        longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
+        sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory)
     else:
         sampler = TransformersSampler(policy, stops, dtype, device=device)
     reference = None

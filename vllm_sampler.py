@@ -86,6 +86,7 @@ class VLLMSampler:
         A tied output layer must come under its own name too: the engine may keep a second copy of it.
         """
         if self._asleep:
+            torch.cuda.empty_cache()  # what the update has freed
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self._asleep:

@@ -1,6 +1,6 @@
-"""Samples a second of TransformersSampler, model.generate and transformers' continuous batching on the laptop preset.
+"""Samples a second of VLLMSampler, TransformersSampler and model.generate on the laptop preset.
 
-    python bench/sampler.py [--rounds 3] [--output results/sampler.md]
+    python bench/sampler.py [--rounds 5] [--dtype bfloat16] [--output results/vllm-cpu.md]
 
 The same 32 scaffolded prompts of one training step, 64 new tokens each with stop tokens off, interleaved rounds.
 """
@@ -11,23 +11,27 @@ import platform
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy
+import torch
 from transformers import GenerationConfig
 
-from policy import cpu_dtype, keep_freed_memory, load_policy
+from policy import cpu_dtype, keep_freed_memory, load_policy, named_weights
 from rollouts import make_rollouts
 from sampler import SamplingParams, TransformersSampler
 from scaffold import group_ratios
 from tasks import load_tasks
+from vllm_sampler import VLLMSampler, vllm_obstacle
 
 
 def main():
     """Time every way in turn, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=str(cpu_dtype()).removeprefix("torch."))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--output")
     args = parser.parse_args()
@@ -36,8 +40,7 @@ def main():
     rollouts = make_rollouts(load_tasks("first_aid", 4), group_ratios(8), tokenizer, (0, 0))
     prompts = [r.prompt_ids for r in rollouts]
     seconds = {}
-    dtype = str(cpu_dtype()).removeprefix("torch.")
-    ways = make_ways(policy, tokenizer, prompts, cpu_dtype(), args.new_tokens)
+    ways = make_ways(policy, tokenizer, prompts, getattr(torch, args.dtype), args.new_tokens)
     for round in range(args.rounds + 1):
         for name, way in ways.items():
             start = time.monotonic()
@@ -46,17 +49,26 @@ def main():
             print(f"round {round}  {name:32s} {time.monotonic() - start:6.1f} s", flush=True)
             if round > 0:  # the first is for warming up
                 seconds.setdefault(name, []).append(time.monotonic() - start)
-    lines = ["# Sampling 32 responses of 64 tokens on the laptop preset", "",
+    lines = [f"## {args.dtype}", "",
              f"`python bench/sampler.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
-             f"({platform.machine()}), no GPU, SmolLM2-135M in {dtype}. Prompts of {min(map(len, prompts))} to "
-             f"{max(map(len, prompts))} tokens. {args.rounds} interleaved rounds after one to warm up.", "",
-             "| way | seconds, mean (min to max) | samples a second |", "|---|---|---|"]
+             f"({platform.machine()}), no GPU, SmolLM2-135M. {len(prompts)} prompts of {min(map(len, prompts))} to "
+             f"{max(map(len, prompts))} tokens, {args.new_tokens} new tokens each. {args.rounds} interleaved "
+             "rounds after one to warm up.", "",
+             "| way | seconds, mean (min to max) | samples a second | times TransformersSampler, round by round |",
+             "|---|---|---|---|"]
     for name, times in seconds.items():
         lines.append(f"| {name} | {numpy.mean(times):.1f} ({min(times):.1f} to {max(times):.1f}) | "
-                     f"{len(prompts) / numpy.mean(times):.2f} |")
+                     f"{len(prompts) / numpy.mean(times):.2f} | {ratio(times, seconds['TransformersSampler'])} |")
     print("\n".join(lines))
     if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n")
+        with open(args.output, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+
+def ratio(times, others):
+    """Mean and range of the speed against others', in the same round."""
+    ratios = [other / mine for mine, other in zip(times, others)]
+    return f"{numpy.mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def make_ways(policy, tokenizer, prompts, dtype, new_tokens):
@@ -72,17 +84,16 @@ def make_ways(policy, tokenizer, prompts, dtype, new_tokens):
     def generate():
         return theirs.generate(**padded, generation_config=settings)[:, padded["input_ids"].shape[1]:].numel()
 
-    def continuous():
-        batching = GenerationConfig(max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
-                                    pad_token_id=2, eos_token_id=-1)
-        outputs = theirs.generate_batch(inputs=prompts, generation_config=batching, progress_bar=False)
-        return sum(len(output.generated_tokens) for output in outputs.values())
-
-    def sampler():
+    def sample_with(sampler):
         params = SamplingParams(new_tokens, 0.7)
-        return sum(len(r.token_ids) for r in ours.sample(prompts, list(range(len(prompts))), params))
+        return sum(len(r.token_ids) for r in sampler.sample(prompts, list(range(len(prompts))), params))
 
-    return {"TransformersSampler": sampler, "model.generate": generate, "generate_batch (continuous)": continuous}
+    ways = {"TransformersSampler": partial(sample_with, ours), "model.generate": generate}
+    if vllm_obstacle("cpu") is None:
+        engine = VLLMSampler(policy.config, [], dtype)
+        engine.sync(named_weights(policy))
+        ways["VLLMSampler"] = partial(sample_with, engine)
+    return ways
 
 
 if __name__ == "__main__":

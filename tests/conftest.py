@@ -1,17 +1,19 @@
 """A tiny random chat model, and a local HTTP server that misbehaves on request."""
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).parents[1]
+RUN = "ruscarl.py"
 sys.path.insert(0, str(ROOT))
-
-import importlib.util
 
 import pytest
 import torch
@@ -69,6 +71,26 @@ def model_folder(tmp_path_factory):
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def command(*args, env=None, timeout=120):
+    """(exit status, stdout, stderr, seconds) of a command in the project's folder."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+def write_tasks(path, rubric):
+    """Twelve questions with the same rubric."""
+    records = [{"prompt_id": str(i), "rubrics": rubric, "prompt": [{"role": "user", "content": f"Question {i}?"}]}
+               for i in range(12)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read(path):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Server:

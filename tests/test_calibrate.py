@@ -6,8 +6,7 @@ import numpy
 import pytest
 
 from calibrate import balanced_f1, interval, known_cases
-from conftest import completion
-from test_cli import RUN, command
+from conftest import RUN, command, completion
 
 
 def test_balanced_f1_by_hand():

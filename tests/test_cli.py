@@ -12,29 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, completion, needs_vllm
-
-RUN = "ruscarl.py"
-
+from conftest import ROOT, RUN, command, completion, needs_vllm, read, write_tasks
 
 RUBRIC = [{"criterion": f"Has the letter {letter}.", "points": (-1) ** i * (i + 1),
            "tags": ["verifier:rule", "function:regex", "parameters:" + json.dumps({"pattern": letter})]}
           for i, letter in enumerate("aeioustn")]
-
-
-def command(*args, env=None, timeout=120):
-    """(exit status, stdout, stderr, seconds) of a command in the project's folder."""
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
-
-
-def write_tasks(path, rubric):
-    """Twelve questions with the same rubric."""
-    records = [{"prompt_id": str(i), "rubrics": rubric, "prompt": [{"role": "user", "content": f"Question {i}?"}]}
-               for i in range(12)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture
@@ -46,10 +28,6 @@ def tiny(model_folder, tmp_path):
             "--group-size", "4", "--batch-size", "2", "--mini-batch-size", "1", "--max-new-tokens", "12", "--lr", "1e-3",
             "--held-out", "3", "--eval-every", "2", "--eval-samples", "2", "--save-every", "2", "--temperature", "1",
             "--top-p", "1", "--top-k", "0", "--max-prompt-tokens", "1000", "--dtype", "float32", "--sampler", "transformers"]
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_whole_run(tiny, tmp_path):

@@ -8,9 +8,8 @@ import torch
 from transformers import Qwen2Config
 
 import memory
-from conftest import ROOT, needs_vllm
 from config import _new
-from test_cli import RUN, command
+from conftest import ROOT, RUN, command, needs_vllm
 
 SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1"]
 # Peak of a command, by its own child's accounting.

@@ -13,11 +13,10 @@ import pytest
 import requests
 
 from chat import ChatClient, ChatError
-from conftest import ROOT, needs_vllm
+from conftest import ROOT, RUN, command, needs_vllm, read, write_tasks
 from judge import VERDICT_SCHEMA, ChatJudge, Judge, judge_messages, parse_verdict, score
 from policy import default_model_folder
 from tasks import Criterion, Task
-from test_cli import RUN, command, read, write_tasks
 
 pytestmark = needs_vllm
 QUESTION = [{"role": "user", "content": "I have a cold."}]
@@ -37,9 +36,9 @@ class VLLMServer:
     def start(self):
         """Start it; it may take a minute until `wait` returns."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", default_model_folder(), "--host", "127.0.0.1",
-             "--port", str(self.port), "--served-model-name", "smollm2", "--dtype", "bfloat16", "--max-model-len", "1024",
-             "--max-num-seqs", "16", "--enforce-eager", "--kv-cache-memory-bytes", "256M"],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", default_model_folder(),
+             "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "smollm2", "--dtype", "bfloat16",
+             "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager", "--kv-cache-memory-bytes", "256M"],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"})
         return self
@@ -107,10 +106,10 @@ def test_a_wrong_model_name_and_a_too_long_prompt_are_final(served):
     with pytest.raises(ValueError, match="does not serve 'qwen'; it serves smollm2"):
         ChatClient([served.url], "qwen").check()
     c = ChatClient([served.url], "qwen")
-    with pytest.raises(ChatError, match="HTTP 404: .*qwen"):
+    with pytest.raises(ChatError, match=r"HTTP 404: .*qwen"):
         c.complete(QUESTION)
     c = client(served)
-    with pytest.raises(ChatError, match="HTTP 400: .*context length"):
+    with pytest.raises(ChatError, match=r"HTTP 400: .*context length"):
         c.complete([{"role": "user", "content": "very " * 2000}], parse=parse_verdict, schema=VERDICT_SCHEMA)
     assert c.counts["tries"] == 1 and c.structured
     judge = Judge(ChatJudge(c))
