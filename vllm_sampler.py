@@ -67,7 +67,9 @@ class VLLMSampler:
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
             cache = max(1 << 30, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
-            options = {"kv_cache_memory_bytes": cache, "enforce_eager": True, "max_num_seqs": 128}
+            options = {"kv_cache_memory_bytes": cache, "enforce_eager": True, "max_num_seqs": 128,
+                       # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             try:

@@ -20,7 +20,7 @@ BASE = ["--steps", "2", "--held-out", "2", "--eval-samples", "1"]
 CASES = ["--sampler transformers", "--sampler vllm", "--sampler vllm --kl 0.001 --token-budget 512",
          "--sampler transformers --gradient-checkpointing --dtype float32", "--sampler vllm --gradient-checkpointing",
          "--sampler vllm --group-size 32"]
-PEAK = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True); "
+PEAK = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)")
 
 

@@ -231,16 +231,18 @@ def test_truncated_importance_weighs_tokens_by_hand():
         assert torch.allclose(kept, p.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
 @pytest.mark.parametrize("offload", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, tmp_path):
+def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, device, tmp_path):
     if torch.distributed.is_initialized():  # left by an engine
         torch.distributed.destroy_process_group()
-    plain, sharded = tiny_model(1, tied), tiny_model(1, tied)
+    plain, sharded = tiny_model(1, tied).to(device), tiny_model(1, tied)
     for model in (plain, sharded):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    shard(sharded, "cpu", torch.float32, offload)
+    shard(sharded, device, torch.float32, offload)
     stats = []
     for model in (plain, sharded):
         samples = make_samples()
@@ -248,12 +250,12 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
         stats.append(grpo.update(model, optimizer, [samples[:4], samples[4:]], LossParams(), token_budget=30))
     assert stats[0] == pytest.approx(stats[1], abs=1e-5)
     whole = dict(named_weights(sharded))
-    assert all(torch.allclose(p, whole[name], atol=1e-6) for name, p in named_weights(plain))
+    assert all(torch.allclose(p.cpu(), whole[name].cpu(), atol=1e-6) for name, p in named_weights(plain))
     torch.save({"model": sharded.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     sharded.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     save_policy(sharded, tiny_tokenizer(), tmp_path / "policy")
     loaded, _ = load_policy(tmp_path / "policy")
-    assert all(torch.allclose(p, whole[name], atol=1e-6) for name, p in named_weights(loaded))
+    assert all(torch.allclose(p, whole[name].cpu(), atol=1e-6) for name, p in named_weights(loaded))
     torch.distributed.destroy_process_group()

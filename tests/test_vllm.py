@@ -93,6 +93,14 @@ def test_seeds_decide_and_the_batch_does_not(pair):
     assert [r.token_ids for r in together] != [r.token_ids for r in sample(sampler, seeds=(5, 6, 7, 8))]
 
 
+def test_more_prompts_than_fit_one_batch_of_tokens(pair):
+    _, sampler = pair
+    prompts = [[5 + i % 50] * 150 for i in range(150)]  # 22,500 tokens: prompts wait, or would be cut in chunks
+    answers = sample(sampler, prompts, range(150), max_new_tokens=20)
+    alone = sample(sampler, prompts[77:78], [77], max_new_tokens=20)[0]
+    assert len(answers) == 150 and answers[77].token_ids == alone.token_ids
+
+
 def test_both_samplers_draw_from_one_distribution(pair):
     model, sampler = pair
     n = 600
