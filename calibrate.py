@@ -6,6 +6,7 @@ wording and length are easier to state than medical ones, and counting words is 
 """
 
 import json
+import time
 from collections import Counter, defaultdict
 
 import numpy
@@ -69,13 +70,13 @@ def calibrate(judge):
 
     Verdicts that could not be had are counted apart; (None, None) if there were no others.
     """
-    cases = known_cases()
+    cases, start = known_cases(), time.monotonic()
     futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
     answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
-    calls, seconds, error = judge.counts()
+    seconds, error = time.monotonic() - start, judge.counts()[2]
     judged = [(criterion, known, answer, owner)
               for (_, _, criterion, known, owner), answer in zip(cases, answers) if answer is not None]
-    print(f"{len(judged)} of {len(cases)} verdicts, {seconds / max(1, calls):.2f} s a call")
+    print(f"{len(judged)} of {len(cases)} verdicts, {len(cases) / seconds:.1f} a second")
     if len(judged) < len(cases):
         print(f"unknown: {len(cases) - len(judged)}" + (f", the last because of {error}" if error else ""))
     if not judged:

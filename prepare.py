@@ -13,7 +13,17 @@ import memory
 from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge, Judge, SelfJudge
-from policy import cpu_dtype, join_group, keep_freed_memory, load_policy, named_weights, prompt_ids, shard, stop_ids
+from policy import (
+    cpu_dtype,
+    join_group,
+    keep_freed_memory,
+    load_config,
+    load_policy,
+    named_weights,
+    prompt_ids,
+    shard,
+    stop_ids,
+)
 from rules import rule_from_tags
 from runs import Run
 from sampler import SamplingParams, TransformersSampler
@@ -39,12 +49,16 @@ def first_unruled(tasks):
     return next((task for task in tasks for c in task.rubric if rule_from_tags(c.tags) is None), None)
 
 
-def make_chat_client(config, tasks):
-    """The client for --judge-url, or None where no server judges. Raises ValueError for a --judge that does not fit."""
+def check_judge(config, tasks):
+    """Raise ValueError for a --judge that does not fit the tasks or lacks its server."""
     if config.judge == "chat" and not config.judge_url:
         raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
     if config.judge == "rules" and (task := first_unruled(tasks)):
         raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
+
+
+def make_chat_client(config):
+    """The client for --judge-url, or None where no server judges."""
     if not config.judge_url or config.judge in ("rules", "self"):
         return None
     return connect(config)
@@ -116,6 +130,29 @@ def choose_sampler(config, device):
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
+def make_sampler(config, policy, stops, dtype, device, vllm, why, longest, gpu_memory):
+    """The sampler, announced; with --sampler auto, transformers takes over where vLLM refuses the model."""
+    precision = str(dtype).removeprefix("torch.")
+    if vllm:
+        try:
+            sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory)
+            say(f"sampler: vllm in {precision} ({why})")
+            return sampler
+        except ValueError as error:
+            if config.sampler == "vllm":
+                raise
+            why = error
+    say(f"sampler: transformers in {precision} ({why})")
+    return TransformersSampler(policy, stops, dtype, device=device)
+
+
+def longest_prompts(config, tasks, tokenizer):
+    """(tokens of the longest prompt in the update, and while sampling)."""
+    plain, shown = (max(len(prompt_ids(tokenizer, scaffold_messages(task.messages, rubric_of(task)))) for task in tasks)
+                    for rubric_of in (lambda task: (), lambda task: task.rubric))
+    return shown if config.ratio == "scaffolded" else plain, shown
+
+
 def set_up(config):
     """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
 
@@ -123,31 +160,29 @@ def set_up(config):
     """
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
-    client = make_chat_client(config, tasks)
+    check_judge(config, tasks)
+    client = make_chat_client(config)
     run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
     device = choose_device(config)
-    if config.gpu_gb and device == "cpu":
-        raise ValueError("--gpu-gb: there is no GPU here; without --plan it limits the one that there is")
     vllm, why = choose_sampler(config, device)
-    keep_freed_memory()
-    policy, tokenizer = load_policy(config.model)
-    context = check_context(config, policy.config)
+    model_config, tokenizer = load_config(config.model)
+    context = check_context(config, model_config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-    dtype, stops = computing_dtype(config, device), stop_ids(policy, tokenizer)
+    dtype = computing_dtype(config, device)
     offload, gpu_memory = False, 0.0
     if device == "cuda":
         join_group(device)
-        offload, parts = memory.needs(config, policy.config, device, vllm, dtype)
-        gpu_memory = memory.vllm_share(parts, memory.device_bytes(config, device))
+        lengths = longest_prompts(config, tasks + held_out, tokenizer)
+        offload, parts = memory.needs(config, model_config, device, vllm, dtype, *lengths)
+        gpu_memory = memory.vllm_share(parts) if vllm else 0.0
         if offload:
             say("offload: master weights, gradients and optimizer state stay in the host's memory")
+    keep_freed_memory()
+    policy, tokenizer = load_policy(config.model)
     self_judged = client is None and first_unruled(tasks + held_out) is not None
-    say(f"sampler: {'vllm' if vllm else 'transformers'} in {str(dtype).removeprefix('torch.')} ({why})")
-    if vllm:  # before the policy takes its part of the GPU; what a judge reads is longer than what it judges
-        longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
-        sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory)
-    else:
-        sampler = TransformersSampler(policy, stops, dtype, device=device)
+    # Before the policy takes its part of the GPU. What a judge reads is longer than what it judges.
+    longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
+    sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, longest, gpu_memory)
     reference = None
     if config.kl > 0:
         reference = load_policy(config.model, device, dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)

@@ -11,7 +11,8 @@ def step_line(bar, row, rollouts, show_sample):
              f"scaffold {row['scaffold/ratio']:.2f}", f"loss {row['loss']:+.4f}", f"entropy {row['entropy']:.2f}"]
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
-    parts += [f"length {row['response/length']:.0f}", f"{row['time/sample']:.0f}+{row['time/update']:.0f} s"]
+    parts += [f"length {row['response/length']:.0f}", f"sampled {row['time/sample']:.0f} s",
+              f"updated {row['time/update']:.0f} s"]
     if "eval/score" in row:
         parts.append(f"held out {row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}")
     bar.set_description("")

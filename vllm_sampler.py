@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-from sampler import Response
+from sampler import Response, SamplingParams
 
 
 def vllm_obstacle(device):
@@ -77,10 +77,11 @@ class VLLMSampler:
                     folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
                     dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len,
                     logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
+                self._asleep = False
+                list(self.sample([[0]], [0], SamplingParams(1)))  # some models are refused only when they run
             except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
                 raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
                                  "(--sampler transformers needs no vllm)") from None
-        self._asleep = False
 
     def sync(self, weights):
         """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.

@@ -70,8 +70,9 @@ def main():
     tasks = [dataclasses.replace(t, rubric=t.rubric[: args.criteria]) for t in load_tasks(args.tasks, 2 * args.rounds)]
     params = SamplingParams(args.new_tokens, 0.7)
     lines = ["# Judging while sampling", "",
-             f"`python bench/overlap.py --rounds {args.rounds} --responses {args.responses} --criteria {args.criteria} "
-             f"--new-tokens {args.new_tokens}`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU: one "
+             f"`OMP_NUM_THREADS=1 taskset -c 0 python bench/overlap.py --tasks {Path(args.tasks).name} "
+             f"--judge-url {args.judge_url} --rounds {args.rounds}`, {date.today()}, {os.cpu_count()} cores "
+             f"({platform.machine()}), no GPU: one "
              "core for vLLM as the sampler, the other for vLLM's server as the judge, SmolLM2-135M in both, HealthBench "
              "questions. Seconds; the same responses in both ways.", "",
              "| round | sampling | judging after it | one after the other | overlapped | overlapped / longer of the two |",

@@ -43,7 +43,6 @@ def test_predicted_memory_is_what_a_run_takes(flags, tmp_path):
 def test_seven_billion_parameters_fit_80_gb_with_offload_and_not_without():
     config, model = _new({"model": "Qwen/Qwen2.5-7B-Instruct"}), qwen_7b()
     assert memory.count_parameters(model) == 7_615_616_512
-    offload, parts = memory.needs(config, model, "cpu", True, torch.bfloat16)
     config.gpu_gb = 80
     offload, parts = memory.needs(config, model, "cuda", True, torch.bfloat16)
     assert offload and memory.peak(parts, "device") < 80e9
@@ -52,7 +51,6 @@ def test_seven_billion_parameters_fit_80_gb_with_offload_and_not_without():
     config.offload = "no"
     offload, parts = memory.needs(config, model, "cuda", True, torch.bfloat16)
     assert not offload and memory.peak(parts, "device") > 120e9
-    assert 0.05 <= memory.vllm_share(parts, 80e9) <= 0.92
 
 
 def test_a_key_value_cache_by_hand():

@@ -5,7 +5,7 @@ import torch
 
 from conftest import tiny_model
 from policy import named_weights
-from ruscarl import Stopped, check_sync
+from ruscarl import check_sync
 from sampler import TransformersSampler
 from tasks import Criterion, Task
 
@@ -49,5 +49,5 @@ def test_a_sampler_that_keeps_one_old_tensor_does_not(tokenizer, name, whole):
         for p in model.parameters():
             p.mul_(1 + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     sampler = Forgetful(tiny_model(2, tied=False), name, whole)
-    with pytest.raises(Stopped, match="does not follow the policy"):
+    with pytest.raises(ValueError, match="does not follow the policy"):
         check_sync(Settings, model, sampler, TASKS, tokenizer, None)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
-from conftest import needs_vllm, tiny_model
+from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
 from policy import load_policy, named_weights, prompt_ids, stop_ids
 from sampler import SamplingParams, TransformersSampler, filtered_logprobs
 from vllm_sampler import VLLMSampler, vllm_obstacle
@@ -45,6 +46,19 @@ def test_a_model_that_vllm_refuses_is_one_line():
     with pytest.raises(ValueError, match="vllm refuses") as error:
         VLLMSampler(config, [STOP])
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_vllm_cannot_run_is_left_to_transformers(tmp_path):
+    config = LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")  # heads of 8, which its CPU kernels do not know
+    tiny_tokenizer().save_pretrained(tmp_path / "narrow")
+    flags = ["--model", tmp_path / "narrow", "--preset", "laptop", "--runs", tmp_path, "--steps", "1", "--held-out", "2",
+             "--eval-samples", "1", "--max-new-tokens", "8", "--max-prompt-tokens", "1500"]
+    status, _, err, _ = command(RUN, *flags, "--sampler", "vllm")
+    assert status == 2 and "vllm refuses this model" in err and "head_dim" in err and "Traceback" not in err
+    status, _, err, _ = command(RUN, *flags)
+    assert status == 0 and "sampler: transformers in" in err and "vllm refuses this model" in err
 
 
 def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close():
