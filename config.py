@@ -104,7 +104,7 @@ def paper_preset(model):
     return preset
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
@@ -112,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_command_line(argv=None):
     """(what to do: "train", "plan" or "calibrate", Config); exits with status 2 and one line on a mistake."""
-    parser = _Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
+    parser = Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
                      "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
     for field in dataclasses.fields(Config):
         help = field.metadata["help"]

@@ -225,6 +225,9 @@ def test_the_house():
         "sampler": "", "vllm_sampler": "sampler", "policy": "", "config": "scaffold runs", "runs": "", "report": "",
         "rollouts": "tasks scaffold judge policy sampler", "memory": "grpo vllm_sampler",
         "prepare": "rules tasks scaffold chat judge sampler vllm_sampler policy config runs memory",
+        "figures": "", "measures": "calibrate judge",
+        "answers": "grpo judge policy prepare rollouts sampler vllm_sampler",
+        "evaluation": "answers chat config figures judge measures policy prepare runs tasks",
         "plan": "memory judge policy prepare rules scaffold tasks", "calibrate": "judge prepare rules tasks",
         "ruscarl": "grpo sampler policy config runs report rollouts prepare scaffold plan calibrate",
     }

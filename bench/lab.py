@@ -1,0 +1,346 @@
+"""The exploration bottleneck in a bottle: does the scaffold help, when, and how much of it? In minutes, on a CPU.
+
+    python bench/lab.py --quick                       a few arms, 3 seeds, under 5 minutes on 2 cores
+    python bench/lab.py --seeds 10 --output results   every arm of the plan (results/lab-plan.md); resumes where it stopped
+
+A word-level Llama of about 0.4 million parameters is made on the spot and fine-tuned for a minute on synthetic dialogues:
+asked about a topic it talks in the topic's habits, and where a system message lists words it uses those. The rubrics name
+words that it almost never says unasked. From there on everything is the project's own: scaffold, judge, GRPO, sampler and
+the loop of ruscarl.py. An arm is a change of settings; arms are compared seed by seed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import ruscarl
+from config import Config
+from judge import Judge
+from policy import prompt_ids
+from runs import Run
+from sampler import TransformersSampler, address_seed
+from scaffold import choose_criteria, scaffold_messages
+from tasks import Criterion, Task, split_tasks
+
+TOPICS = ("tea", "bread", "rain", "trains", "gardens", "cats", "music", "rivers")
+PHRASINGS = ("tell me about {}", "what of {}", "say something on {}", "do you like {}", "how about {}", "explain {}",
+             "talk about {}", "what is it with {}", "your view on {}", "a word on {}", "describe {}", "anything on {}")
+HABITS = """warm cup leaf brown  crust flour oven soft  cloud wet grey fall  track fast late station
+            seed green soil bloom  fur purr sleep paw  song loud tune drum  bank deep flow cold"""  # four to a topic
+RARE = """amber basil cedar delta ember  fable grove hazel iris jade  kiln lotus maple north ocean
+          pearl quartz raven sage thorn  umber velvet willow xenon yarrow  zephyr acorn birch coral dune
+          elm frost glade heath ivory  juniper kelp lilac moss nectar"""  # five to a topic
+HABITS, RARE = HABITS.split(), RARE.split()
+TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+SETTINGS = dict(steps=60, group_size=8, batch_size=8, mini_batch_size=8, lr=1e-3, max_new_tokens=14, temperature=1.0,
+                midpoint=0.4, steepness=20.0, eval_every=1000, eval_samples=8, save_every=10**6, held_out=24,
+                token_budget=4096, max_unknown=1.0, sampler="transformers", dtype="float32", tasks="lab", model="lab")
+
+
+def habits(topic):
+    """The four words that a reply on this topic is made of."""
+    i = TOPICS.index(topic)
+    return HABITS[4 * i : 4 * i + 4]
+
+
+def says(word, points):
+    """A criterion with its rule."""
+    tags = ("verifier:rule", "function:mentions_any", f'parameters:{{"words": ["{word}"]}}')
+    return Criterion(f"Says {word}.", points, tags)
+
+
+def make_tasks():
+    """96 tasks: every topic in every phrasing; five rare words wanted, one habit unwanted."""
+    return [Task(f"{topic}-{j}", [{"role": "user", "content": phrasing.format(topic)}],
+                 (*(says(word, points) for word, points in zip(RARE[5 * i : 5 * i + 5], (3, 2, 2, 1, 1))),
+                  says(habits(topic)[0], -2)))
+            for i, topic in enumerate(TOPICS) for j, phrasing in enumerate(PHRASINGS)]
+
+
+def make_tokenizer():
+    """One token a word, over all that the lab can say."""
+    text = [scaffold_messages(t.messages, t.rubric)[0]["content"] + " " + t.messages[-1]["content"] for t in make_tasks()]
+    splitter = pre_tokenizers.Whitespace()
+    words = sorted({word for line in [*text, " ".join(HABITS + RARE)] for word, _ in splitter.pre_tokenize_str(line)})
+    special = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", chat_template=TEMPLATE)
+
+
+def dialogue(rng, task, base_rate):
+    """(messages, reply): with a random part of a random rubric shown, or none; the reply does what is shown."""
+    borrowed = rng.choice(make_tasks_once())
+    shown = choose_criteria(borrowed.rubric, rng.choice((0, 0, 0.2, 0.4, 0.6, 0.8, 1.0)), rng)
+    wanted = [c.text[5:-1] for c in shown if c.points > 0 and rng.random() < 0.9]
+    unwanted = {c.text[5:-1] for c in shown if c.points < 0}
+    own = [word for word in habits(task.id.rsplit("-", 1)[0]) if word not in unwanted]
+    reply = [rng.choice(RARE) if rng.random() < base_rate else rng.choice(own) for _ in range(rng.randint(6, 10))]
+    for word in wanted:
+        reply[rng.randrange(len(reply))] = word
+    return scaffold_messages(task.messages, shown), " ".join(reply)
+
+
+_TASKS = []
+
+
+def make_tasks_once():
+    """The tasks, made once in a process."""
+    if not _TASKS:
+        _TASKS.extend(make_tasks())
+    return _TASKS
+
+
+def make_model(tokenizer, base_rate, steps=1200, seed=0):
+    """The fine-tuned tiny model. base_rate: share of an unasked reply's words that are rare ones."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        rows, labels = [], []
+        for _ in range(32):
+            messages, reply = dialogue(rng, rng.choice(make_tasks_once()), base_rate)
+            prompt, answer = prompt_ids(tokenizer, messages), tokenizer.encode(reply + " <end>")
+            rows.append(prompt + answer)
+            labels.append([-100] * len(prompt) + answer)
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        targets = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
+        loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=targets).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.generation_config.eos_token_id = 1
+    return model.eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train. settings: of Config, over SETTINGS; rubric, judge, scaffold: see noisy, FaultyJudge, mixed_up."""
+
+    name: str
+    settings: tuple = ()  # (name, value) pairs
+    rubric: str = "clean"
+    judge: str = "sound"
+    scaffold: str = "own"
+    base_rate: float = 0.005
+
+
+NONE = (("decay", "none"),)
+
+
+def arm(name, rubric="clean", judge="sound", scaffold="own", base_rate=0.005, **settings):
+    """An Arm whose settings are given by name."""
+    return Arm(name, tuple(sorted(settings.items())), rubric, judge, scaffold, base_rate)
+
+
+RUSCARL = arm("RuscaRL")
+PLAIN = arm("no scaffold", decay="none")
+# Each experiment: its arms; every arm is compared with the first.
+EXPERIMENTS = {
+    "a. scaffold": [RUSCARL, PLAIN, arm("whole rubric always", decay="constant", pattern="binary", full_samples=8),
+                    arm("binary, 4 of 8", pattern="binary", full_samples=4),
+                    arm("binary, 8 of 8", pattern="binary", full_samples=8)],
+    "b. decay": [RUSCARL, *(arm(f"{decay}", decay=decay) for decay in ("constant", "linear")),
+                 *(arm(f"power {p}", decay="power", power=float(p)) for p in (2, 3, 5))],
+    "c. steepness": [RUSCARL, *(arm(f"steepness {s}", steepness=float(s)) for s in (5, 10, 50, 125))],
+    "c. midpoint": [RUSCARL, *(arm(f"midpoint {m}", midpoint=m) for m in (0.1, 0.2, 0.6, 0.8))],
+    "d. ratio": [RUSCARL, arm("unbiased", ratio="unbiased"), arm("scaffolded", ratio="scaffolded")],
+    "e. noisy rubrics": [RUSCARL, PLAIN, *(arm(f"{noise}{', no scaffold' if s else ''}", rubric=noise, **dict(s))
+                                           for noise in ("half removed", "negated", "inverse") for s in ((), NONE))],
+    "f. group size": [RUSCARL, *(arm(f"G {g}{', no scaffold' if s else ''}", group_size=g, **dict(s))
+                                 for g in (2, 4, 16) for s in ((), NONE))],
+    "g. failing judge": [RUSCARL, arm("10% unknown", judge="unknown"), arm("10% not met", judge="not met")],
+    "h. wrong rubrics": [RUSCARL, arm("half of the prompts with another's rubric", scaffold="mixed up")],
+    **{f"i. base rate {rate:.1%}": [arm(f"RuscaRL at {rate:.1%}", base_rate=rate),
+                                    arm(f"no scaffold at {rate:.1%}", base_rate=rate, decay="none")]
+       for rate in (0.001, 0.01, 0.03, 0.08, 0.2)},
+}
+QUICK = {"a. scaffold": [RUSCARL, PLAIN]}
+
+
+def noisy(task, how, rng):
+    """The task with a spoiled rubric (the paper's Table 11): half removed; negated: every other criterion's sign; inverse:
+    every sign."""
+    rubric = list(task.rubric)
+    if how == "half removed":
+        rubric = choose_criteria(rubric, 0.5, rng)
+        rubric = rubric if any(c.points > 0 for c in rubric) else [task.rubric[0]]
+    flipped = {"inverse": range(len(rubric)), "negated": range(0, len(rubric), 2)}.get(how, ())
+    return dataclasses.replace(task, rubric=tuple(
+        dataclasses.replace(c, points=-c.points) if i in flipped else c for i, c in enumerate(rubric)))
+
+
+class FaultyJudge(Judge):
+    """A judge that fails in 10% of its verdicts, by the address of the verdict; failures are None or False."""
+
+    def __init__(self, verdict):
+        super().__init__()
+        self.verdict = verdict
+
+    def submit(self, task, text):
+        futures = super().submit(task, text)
+        for i in range(len(futures)):
+            if address_seed(task.id, text, i) % 10 == 0:
+                futures[i] = Future()
+                futures[i].set_result(self.verdict)
+        return futures
+
+
+def mixed_up(batch, ratios, tokenizer, address):
+    """make_rollouts as the official code indexes: half of the batch is scaffolded with the other half's rubrics."""
+    half = len(batch) // 2
+    shown = [task if i < half else dataclasses.replace(task, rubric=batch[i - half].rubric) for i, task in enumerate(batch)]
+    rollouts = ROLLOUTS(shown, ratios, tokenizer, address)
+    for rollout in rollouts:
+        rollout.task = batch[rollout.group]
+    return rollouts
+
+
+ROLLOUTS = ruscarl.make_rollouts
+JUDGES = {"sound": Judge, "unknown": lambda: FaultyJudge(None), "not met": lambda: FaultyJudge(False)}
+
+
+def train_arm(arm, seed, folder, steps):
+    """One run: {start, end, unasked}: held-out score before and after, and share of the wanted words said, unasked."""
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer()
+    policy = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tasks, held_out = split_tasks(make_tasks(), SETTINGS["held_out"])
+    tasks = [noisy(task, arm.rubric, random.Random(address_seed(task.id, "noise"))) for task in tasks]
+    judge = JUDGES[arm.judge]()
+    with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
+        config = Config(**{**SETTINGS, **dict(arm.settings), "steps": steps, "seed": seed, "runs": runs, "name": "lab"})
+        run = Run(config, "lab")
+        run.open()
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
+        sampler = TransformersSampler(policy, [1])
+        ruscarl.make_rollouts = mixed_up if arm.scaffold == "mixed up" else ROLLOUTS
+        ruscarl.train(config, policy, None, tokenizer, optimizer, sampler, judge, tasks, held_out, run)
+        rows = run.rows()
+    judge.close()
+    return {"start": rows[0]["eval/score"], "end": rows[-1]["eval/score"]}
+
+
+def key_of(arm, seed, steps):
+    """What a result is kept under: equal settings are run once, whatever experiment they are in."""
+    return json.dumps([*dataclasses.astuple(dataclasses.replace(arm, name="")), seed, steps])
+
+
+def base_model(rate, cache):
+    """Folder of the fine-tuned model of a base rate, made if need be."""
+    torch.set_num_threads(1)
+    folder = Path(cache) / f"base_{rate}"
+    if not (folder / "config.json").is_file():
+        make_model(make_tokenizer(), rate).save_pretrained(folder)
+    return folder
+
+
+def work(arm, seed, cache, steps):
+    """A task of the pool."""
+    return train_arm(arm, seed, Path(cache) / f"base_{arm.base_rate}", steps)
+
+
+def run_all(experiments, seeds, steps, kept, cache, workers):
+    """{key: result} of every arm and seed; results in the file `kept` are not run again, new ones are appended."""
+    done = {}
+    if kept and kept.exists():
+        done = {row["key"]: row for row in map(json.loads, kept.read_text().splitlines())}
+    arms = [arm for arms in experiments.values() for arm in arms]
+    wanted = {key_of(arm, seed, steps): (arm, seed) for seed in range(seeds) for arm in arms}
+    missing = {key: value for key, value in wanted.items() if key not in done}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        rates = sorted({arm.base_rate for arm, _ in missing.values()})
+        list(tqdm(pool.map(base_model, rates, [cache] * len(rates)), "base models", len(rates), disable=None))
+        futures = {pool.submit(work, arm, seed, cache, steps): key for key, (arm, seed) in missing.items()}
+        for future in tqdm(as_completed(futures), "runs", len(futures), disable=None):
+            done[futures[future]] = {"key": futures[future], **future.result()}
+            if kept:
+                with open(kept, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[futures[future]]) + "\n")
+    return done
+
+
+def interval(values):
+    """(mean, half width of the 95% t interval) of independent values."""
+    n = len(values)
+    draws = numpy.random.default_rng(0)
+    t = numpy.quantile(draws.standard_t(n - 1, 1_000_000), 0.975)  # the quantile by simulation, to half a percent
+    return numpy.mean(values), t * numpy.std(values, ddof=1) / n**0.5
+
+
+def table(experiments, results, seeds, steps):
+    """Lines of a Markdown table: each arm's score after training, and its difference to the experiment's first arm."""
+    lines = ["| experiment | arm | before | after, 95% interval | minus the first arm, seed by seed |",
+             "|---|---|---|---|---|"]
+    for name, arms in experiments.items():
+        columns = {arm: [results[key_of(arm, seed, steps)] for seed in range(seeds)] for arm in arms}
+        for arm, column in columns.items():
+            after = interval([row["end"] for row in column])
+            before = numpy.mean([row["start"] for row in column])
+            cells = [name, arm.name, f"{before:+.3f}", f"{after[0]:+.3f} +- {after[1]:.3f}"]
+            if arm is arms[0]:
+                cells.append("")
+            else:
+                paired = interval([a["end"] - b["end"] for a, b in zip(column, columns[arms[0]])])
+                cells.append(f"{paired[0]:+.3f} +- {paired[1]:.3f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main():
+    """Run what is missing, print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="RuscaRL against no scaffold, 3 seeds")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    parser.add_argument("--only", default="", help="experiments that begin with this, such as a")
+    parser.add_argument("--output", help="folder for lab.jsonl (every run) and lab.md (the table)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    experiments = QUICK if args.quick else {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
+    seeds = 3 if args.quick else args.seeds
+    if not experiments or seeds < 2:
+        parser.error("--only names no experiment" if not experiments else "--seeds must be at least 2")
+    start, output = time.monotonic(), Path(args.output) if args.output else None
+    with tempfile.TemporaryDirectory() as cache:
+        results = run_all(experiments, seeds, args.steps, output / "lab.jsonl" if output else None, cache, args.workers)
+    command = " ".join(["python bench/lab.py", *sys.argv[1:]])
+    lines = ["# The lab", "", f"`{command}`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
+             f"{(time.monotonic() - start) / 60:.0f} minutes for what was missing. {seeds} seeds, {args.steps} steps; "
+             "held-out score without scaffold, the best possible is 1.", "", *table(experiments, results, seeds, args.steps)]
+    print("\n".join(lines))
+    if output:
+        (output / "lab.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

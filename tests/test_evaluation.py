@@ -1,0 +1,400 @@
+"""Figures of an evaluation against hand-computed ones, and the command line on the tiny model."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+
+import numpy
+import pytest
+import torch
+
+import evaluation
+from answers import Samples, response_statistics
+from conftest import RUN, Server, command, completion, needs_vllm, read, tiny_model, tiny_tokenizer, write_tasks
+from measures import (
+    agreement,
+    best_of_n,
+    cosine_distance,
+    healthbench,
+    mean_over_tasks,
+    novelty,
+    paired,
+    self_bleu,
+    tag_scores,
+)
+from tasks import Criterion, Task
+
+NAN = float("nan")
+EVALUATE = "evaluation.py"
+LETTERS = {"a": 2, "e": -1, "i": 3, "o": -2}
+RUBRIC = [{"criterion": f"Has the letter {letter}.", "points": points,
+           "tags": [f"axis:{'good' if points > 0 else 'bad'}", "verifier:rule", "function:regex",
+                    "parameters:" + json.dumps({"pattern": letter})]} for letter, points in LETTERS.items()]
+OPEN = [{"criterion": f"Is {word}.", "points": 1, "tags": []} for word in ("kind", "clear", "short")]
+
+
+def letter_score(text):
+    """The score by RUBRIC, computed apart from the project's code."""
+    return sum(points for letter, points in LETTERS.items() if re.search(letter, text)) / 5
+
+
+def test_healthbench_score_by_hand():
+    found = healthbench(numpy.array([[-1.0, 0.5], [0.2, NAN], [NAN, NAN], [0.6, 2.0]]))
+    assert found["runs"] == [0.0, 1.0]  # means -0.0667 and 1.25, each clipped
+    assert found["score"] == 0.5 and found["tasks"] == 3
+    assert found["mean"] == pytest.approx((-0.2 / 3 + 1.25) / 2)
+    nothing = healthbench(numpy.full((3, 2), NAN))
+    assert nothing["score"] is None and nothing["tasks"] == 0
+
+
+def test_bootstrap_errors_against_theory_and_a_plain_loop():
+    rng = numpy.random.default_rng(5)
+    scores = rng.normal(0.5, 0.3, size=(300, 1))
+    found = healthbench(scores)
+    assert found["score_se"] == pytest.approx(scores.std() / math.sqrt(300), rel=0.1)
+    assert found == healthbench(scores)  # seeded
+    centred = healthbench(scores - scores.mean())
+    # max(Z, 0) of a normal Z around 0 has sqrt(1/2 - 1/(2 pi)) of its standard deviation
+    assert centred["score_se"] == pytest.approx(math.sqrt(0.5 - 0.5 / math.pi) * centred["mean_se"], rel=0.1)
+    runs = numpy.array([[-0.4, 0.3, 0.9], [0.5, -0.2, 0.1], [0.1, 0.1, -0.6], [0.3, 0.9, 0.2]])
+    loop = []
+    for _ in range(4000):
+        picked = runs[rng.choice(4, size=4)]
+        loop.append(numpy.mean([min(1, max(0, picked[:, k].mean())) for k in range(3)]))
+    assert healthbench(runs)["score_se"] == pytest.approx(numpy.std(loop), rel=0.1)
+
+
+def test_best_of_n_against_all_subsets():
+    rng = numpy.random.default_rng(1)
+    scores = rng.normal(size=(5, 6)).round(1)  # rounded: ties
+    scores[1, 2] = scores[3, :3] = NAN
+    curve = best_of_n(scores)
+    assert [p["tasks"] for p in curve] == [5, 5, 5, 4, 4, 3]
+    for point in curve:
+        best = [numpy.mean([max(subset) for subset in itertools.combinations(known, point["n"])])
+                for row in scores if len(known := row[~numpy.isnan(row)]) >= point["n"]]
+        assert point["mean"] == pytest.approx(numpy.mean(best))
+        assert point["se"] == pytest.approx(numpy.std(best) / math.sqrt(len(best)), rel=0.1)
+    assert best_of_n(numpy.array([[NAN, 0.3]])) == [{"n": 1, "mean": 0.3, "se": pytest.approx(0), "tasks": 1}]
+    assert best_of_n(numpy.full((1, 2), NAN)) == []
+    many = best_of_n(numpy.arange(300.0)[None])  # the best of n of 0..K-1: n (K + 1) / (n + 1) - 1
+    assert all(p["mean"] == pytest.approx(p["n"] * 301 / (p["n"] + 1) - 1) for p in many)
+
+
+def test_tag_scores_by_hand():
+    task = Task("1", [], (Criterion("a", 5, ("axis:x", "verifier:rule")), Criterion("b", -2, ("axis:x", "axis:y")),
+                          Criterion("c", 3, ("axis:z",))), ("theme:t",))
+    assert tag_scores(task, [True, True, False]) == {"theme:t": 3 / 8, "axis:x": 3 / 5, "axis:z": 0.0}  # y: no positive
+    assert tag_scores(task, [True, None, True]) == {"axis:z": 1.0}
+
+
+def test_paired_difference():
+    scores, others = numpy.array([[1.0, 0.0], [0.5, NAN], [NAN, NAN]]), numpy.array([[0.2, 0.2], [0.1, 0.3], [1.0, 1.0]])
+    found = paired(scores, others)
+    assert found["difference"] == pytest.approx((0.3 + 0.3) / 2) and found["tasks"] == 2
+    assert found["low"] == pytest.approx(0.3) and found["high"] == pytest.approx(0.3)
+    rng = numpy.random.default_rng(2)
+    shared = rng.normal(0, 5, size=(200, 1))  # paired: what the tasks share does not widen the interval
+    found = paired(shared + rng.normal(0.2, 0.5, size=(200, 4)), shared)
+    width = 2 * 1.96 * 0.25 / math.sqrt(200)
+    assert found["high"] - found["low"] == pytest.approx(width, rel=0.25) and found["low"] < 0.2 < found["high"]
+    assert paired(numpy.full((2, 1), NAN), numpy.ones((2, 1)))["difference"] is None
+
+
+def test_self_bleu_by_hand():
+    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 quadruples are shared; equal lengths, so no brevity penalty
+    assert self_bleu(["a b c d e", "a b c d f"]) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    # one shorter by a word: all of its n-grams are shared, penalty exp(1 - 6/5); the other one shares 5/6, 4/5, 3/4, 2/3
+    assert self_bleu(["a b c d e", "a b c d e f"]) == pytest.approx(
+        (math.exp(1 - 6 / 5) + (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25) / 2)
+    assert self_bleu(["yes", "yes", "yes"]) == pytest.approx(1)
+    assert self_bleu(["", "", "a b c d"]) == pytest.approx(2 / 3, abs=0.01)
+    assert self_bleu(["", "a b c d e", "a b c d e"]) == pytest.approx(2 / 3)
+
+
+def test_cosine_distance_novelty_and_means_by_hand():
+    assert cosine_distance(numpy.array([[1.0, 0], [0, 2.0], [-3.0, 0]])) == pytest.approx((1 + 2 + 1) / 3)
+    found = novelty(numpy.log([0.5, 2.5, 3.0, 50.0, 1e6]))
+    assert found["median"] == pytest.approx(3.0) and found["above"] == {"2": 4, "10": 2, "100": 1}
+    edges, counts = (numpy.array(found["histogram"][key]) for key in ("log10_edges", "counts"))
+    assert counts.sum() == 5 and edges[0] == pytest.approx(math.log10(0.5)) and edges[-1] == pytest.approx(6)
+    means = mean_over_tasks(numpy.random.default_rng(0).normal(1, 2, size=400))
+    assert means["se"] == pytest.approx(2 / 20, rel=0.15)
+
+
+def test_agreement_of_two_judges_by_hand():
+    def record(task, first, second, reward, reward2):
+        return {"task": task, "verdicts": first, "verdicts2": second, "reward": reward, "reward2": reward2}
+
+    found = agreement([record("1", [True, False, None], [True, True, True], None, 0.2),
+                       record("2", [True, False], [True, False], 0.5, 1.0),
+                       record("3", [False, True], [None, False], 0.1, None),
+                       record("4", [True], [True], 1.0, 2.0)])
+    assert found["verdicts"] == 6 and found["agreement"] == pytest.approx(4 / 6)
+    assert found["balanced_f1"] == pytest.approx((2 * 3 / 8 + 2 * 1 / 4) / 2)  # met: 3 of 4 and 4; not met: 1 of 2 and 2
+    assert found["correlation"] == pytest.approx(1)
+
+
+def test_novelty_and_entropy_equal_one_sequence_at_a_time():
+    new, initial = tiny_model(0), tiny_model(1)
+    rng = numpy.random.default_rng(3)
+    prompts = [[5, 6, 7], [5, 6, 7], [9, 10], [11] * 5]
+    responses = [rng.integers(2, 400, size=n).tolist() for n in (1, 7, 20, 4)]
+    entropies, rho = [], []
+    for prompt, response in zip(prompts, responses):
+        ratio = 0.0
+        for model in (new, initial):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1)
+            mean = sum(logp[t, token].item() for t, token in enumerate(response)) / len(response)
+            ratio += mean if model is new else -mean
+            if model is new:
+                entropies += (-(logp.exp() * logp).sum(-1)).tolist()
+        rho.append(math.exp(ratio))
+    means, entropy = response_statistics(new, prompts, responses, 24, "")
+    start, _ = response_statistics(initial, prompts, responses, 24, "")
+    assert numpy.exp(numpy.subtract(means, start)) == pytest.approx(rho, rel=1e-4)
+    assert novelty(numpy.subtract(means, start))["median"] == pytest.approx(numpy.median(rho), rel=1e-4)
+    assert entropy == pytest.approx(numpy.mean(entropies), rel=1e-4)
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command refuses; in this process, which spares the imports."""
+    try:
+        status = evaluation.main(evaluation.parse_command_line([str(argument) for argument in arguments]))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "", (arguments, err)
+    lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert lines[-1].startswith("evaluation.py: error: "), err
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    """Another tiny model."""
+    folder = tmp_path_factory.mktemp("other")
+    tiny_model(seed=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def flags(folder, tasks="letters.jsonl", rubric=RUBRIC, samples=3, output="out"):
+    """Flags of an evaluation of seconds on twelve questions."""
+    path = folder / tasks
+    write_tasks(path, rubric)
+    return ["--tasks", path, "--samples", samples, "--max-new-tokens", "12", "--max-prompt-tokens", "500", "--temperature",
+            "1", "--top-p", "1", "--top-k", "0", "--dtype", "float32", "--sampler", "transformers", "--output",
+            folder / output, "--chunk", "8"]
+
+
+def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
+    arguments = [model_folder, "--base", other_folder, *flags(tmp_path), "--embedding", model_folder]
+    status, out, err, _ = command(EVALUATE, *arguments)
+    assert status == 0, err
+    folder = tmp_path / "out"
+    records, results = read(folder / "samples.jsonl"), json.loads((folder / "results.json").read_text())
+    assert len(records) == 2 * 12 * 3 and len({(r["side"], r["task"], r["sample"]) for r in records}) == 72
+    scores = {}
+    for r in records:
+        assert r["reward"] == pytest.approx(letter_score(r["text"]))
+        scores.setdefault(r["side"], {}).setdefault(r["task"], []).append(r["reward"])
+    matrices = {side: numpy.array([of_side[str(i)] for i in range(12)]) for side, of_side in scores.items()}
+    for side, matrix in matrices.items():
+        found = results["models"][side]["judge"]
+        assert found["runs"] == pytest.approx(matrix.mean(0).clip(0, 1))
+        assert found["score"] == pytest.approx(matrix.mean(0).clip(0, 1).mean())
+        assert found["best_of_n"][0]["mean"] == pytest.approx(found["mean"]) == pytest.approx(matrix.mean())
+        assert found["best_of_n"][2]["mean"] == pytest.approx(matrix.max(1).mean())
+        assert set(found["by_tag"]) == {"axis:good"}  # of axis:bad no criterion is positive
+        good = [sum(LETTERS[c] for c in "ai" if c in r["text"]) / 5 for r in records if r["side"] == side]
+        assert found["by_tag"]["axis:good"]["mean"] == pytest.approx(numpy.mean(good))
+        assert 0 < results["models"][side]["entropy"] < math.log(400)
+        assert 0 < results["models"][side]["diversity"]["mean"] <= 1
+        assert 0 < results["models"][side]["semantic_distance"]["mean"] < 2
+    difference = (matrices["model"] - matrices["base"]).mean()
+    assert results["comparison"]["judge"]["difference"] == pytest.approx(difference)
+    novel = results["novelty"]
+    assert novel["responses"] == 36 and novel["median"] > 2  # each model prefers its own responses
+    for name in ("best_of_n", "tags", "novelty"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "score, clipped (HealthBench)" in out and f"{difference:+.3f}" in out and "median rho_seq" in out
+
+    # killed in the middle of a line, in the middle of the work: the rest is sampled with the same seeds
+    whole = (folder / "samples.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (folder / "samples.jsonl").write_bytes(b"".join(lines[:40]) + lines[40][:30])
+    status, _, err, _ = command(EVALUATE, *arguments)
+    assert status == 0, err
+    assert (folder / "samples.jsonl").read_bytes() == whole
+    assert json.loads((folder / "results.json").read_text()) == results
+
+    (folder / "samples.jsonl").write_bytes(lines[0] + b"{}\n" + whole)
+    assert "samples.jsonl, line 2" in refused(capsys, *arguments)
+
+
+def test_samples_of_one_side_in_the_order_of_tasks(tmp_path):
+    tasks = [Task(name, [], (Criterion("c", 1),)) for name in ("z", "a")]
+    samples = Samples(tmp_path)
+    for verdict in (None, True):  # the later line counts
+        samples.add([{"side": side, "task": t.id, "sample": k, "verdicts": [verdict]}
+                     for side in ("base", "model") for t in tasks for k in (1, 0)], {t.id: t for t in tasks})
+    found = Samples(tmp_path).of("model", tasks)
+    assert [[(r["task"], r["sample"], r["reward"]) for r in of] for of in found] == [
+        [("z", 0, 1.0), ("z", 1, 1.0)], [("a", 0, 1.0), ("a", 1, 1.0)]]
+
+
+def asked(body):
+    """The criterion of a judge's request."""
+    return re.search(r"Is (\w+)\.", body["messages"][1]["content"].split("Criterion")[1])[1]
+
+
+def test_unknown_verdicts_are_asked_again_and_nothing_else(model_folder, server, tmp_path):
+    second = Server()
+    failing = {"on": True}
+
+    def first_answers(body, number):
+        if asked(body) == "short" and failing["on"]:
+            return 400, {}, '{"error": {"message": "no such thing"}}'
+        return completion('{"explanation": "", "criteria_met": %s}' % ("true" if asked(body) == "kind" else "false"))
+
+    def second_answers(body, number):
+        return completion('{"explanation": "", "criteria_met": true}')
+
+    server.answers, second.answers = first_answers, second_answers
+    rubric = [*OPEN, {"criterion": "Is long.", "points": 1, "tags": RUBRIC[0]["tags"][1:]}]
+    arguments = [model_folder, *flags(tmp_path, rubric=rubric, samples=2), "--judge-url", server.url,
+                 "--judge2-url", second.url]
+    status, _, err, _ = command(EVALUATE, *arguments, env={"OPENAI_API_KEY": "one", "JUDGE2_API_KEY": "two"})
+    assert status == 1 and "HTTP 400: no such thing" in err and "24 verdicts could not be had" in err, err
+    # every criterion without a rule once (a refused one is tried once more, without response_format), the rule's not
+    refused = [body for body in server.requests if asked(body) == "short"]
+    assert len(server.requests) - len(refused) == 2 * 12 * 2 and len(refused) == 2 * 12 * 2
+    assert len(second.requests) == 12 * 2 * 4  # the second judge is asked about criteria with a rule, too
+    assert {b["_authorization"] for b in server.requests} == {"Bearer one"}
+    assert {b["_authorization"] for b in second.requests} == {"Bearer two"}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = results["models"]["model"]
+    assert found["judge"]["score"] is None and found["judge"]["unscored"] == 24 and found["judge"]["unknown"] == 24
+    assert found["judge2"]["score"] == 1 and found["agreement"]["verdicts"] == 24 * 3
+    first = read(tmp_path / "out" / "samples.jsonl")
+    assert len(first) == 24 and all(r["verdicts"][2] is None and r["reward"] is None for r in first)
+
+    failing["on"], server.requests[:], second.requests[:] = False, [], []
+    status, _, err, _ = command(EVALUATE, *arguments)
+    assert status == 0, err
+    assert [asked(body) for body in server.requests] == ["short"] * 24 and second.requests == []
+    again = read(tmp_path / "out" / "samples.jsonl")
+    assert [r["text"] for r in again[24:]] == [r["text"] for r in again[:24]]  # judged again, not sampled again
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["model"]
+    by_rule = sum("a" in r["text"] for r in first)
+    assert found["judge"]["score"] == pytest.approx((24 + by_rule) / (4 * 24)) and found["judge"]["unknown"] == 0
+    assert found["agreement"]["agreement"] == pytest.approx((24 + by_rule) / (4 * 24))
+
+    server.requests[:] = []
+    status, _, err, _ = command(EVALUATE, *arguments)
+    assert status == 0 and server.requests == [] and second.requests == [], err
+    assert len(read(tmp_path / "out" / "samples.jsonl")) == 48
+    second.close()
+
+
+def test_the_model_judges_itself_and_other_settings_are_refused(model_folder, other_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RUSCARL_JUDGE_URL", raising=False)
+    copy = tmp_path / "model"
+    shutil.copytree(model_folder, copy)
+    arguments = [copy, *flags(tmp_path, rubric=OPEN, samples=1)]
+    status, _, err, _ = command(EVALUATE, *arguments)
+    assert status == 0 and "judges itself" in err, err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["model"]
+    assert found["judge"]["unknown"] == 0 and found["diversity"] is None
+    kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
+    for change, message in [(["--samples", 2], "--samples: 1 there, 2 now"), (["--seed", 1], "--seed: 0 there, 1 now"),
+                            (["--base", other_folder], "--base"), (["--tasks", "first_aid"], "--tasks")]:
+        assert message in refused(capsys, *arguments, *change)
+    shutil.copy(other_folder / "model.safetensors", copy)
+    assert "weights of" in refused(capsys, *arguments)
+    (tmp_path / "out" / "settings.json").unlink()
+    assert "without its settings.json" in refused(capsys, *arguments)
+    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == kept
+
+
+def test_a_run_is_evaluated_on_what_it_held_out(model_folder, tmp_path, capsys):
+    path = tmp_path / "letters.jsonl"
+    write_tasks(path, RUBRIC)
+    status, _, err, _ = command(RUN, "--model", model_folder, "--tasks", path, "--runs", tmp_path / "runs", "--name", "a",
+                                "--preset", "laptop", "--steps", 1, "--group-size", 2, "--batch-size", 1,
+                                "--mini-batch-size", 1, "--max-new-tokens", 8, "--held-out", 5,
+                                "--max-prompt-tokens", 500, "--eval-samples", 1,
+                                "--dtype", "float32", "--sampler", "transformers")
+    assert status == 0, err
+    run = tmp_path / "runs" / "a"
+    status, _, err, _ = command(EVALUATE, run, "--samples", 1, "--sampler", "transformers", "--output", tmp_path / "out")
+    assert status == 0, err
+    held_out = {r["task"] for r in read(run / "rollouts" / "eval_00001.jsonl")}
+    records = read(tmp_path / "out" / "samples.jsonl")
+    assert {r["task"] for r in records} == held_out and len(records) == 5
+    assert max(len(r["token_ids"]) for r in records) == 8
+    shutil.rmtree(run / "policy")
+    assert "not finished" in refused(capsys, run)
+
+
+@needs_vllm
+def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_path):
+    arguments = [model_folder, "--base", other_folder, *flags(tmp_path), "--sampler", "vllm"]
+    status, _, err, _ = command(EVALUATE, *arguments)
+    assert status == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "sampler: vllm in float32" in err
+    assert results["novelty"]["median"] > 2  # the first engine had the first model's weights,
+    assert results["models"]["base"]["judge"]["responses"] == 36
+    status, _, err, _ = command(EVALUATE, *[other_folder, *arguments[1:2], model_folder, *arguments[3:]], "--output",
+                                tmp_path / "swapped")
+    assert status == 0, err
+    swapped = json.loads((tmp_path / "swapped" / "results.json").read_text())
+    # and the second engine the second one's: as many of each model's own responses are likelier under it
+    assert swapped["novelty"]["median"] > 2
+    by_side = [{(r["task"], r["sample"]): r["text"] for r in read(tmp_path / out / "samples.jsonl") if r["side"] == side}
+               for out, side in (("out", "base"), ("swapped", "model"))]
+    assert sum(by_side[0][key] == by_side[1][key] for key in by_side[0]) >= 34  # whichever came first
+
+
+def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RUSCARL_JUDGE_URL", raising=False)
+    good = flags(tmp_path)
+    open_tasks = tmp_path / "open.jsonl"
+    write_tasks(open_tasks, OPEN)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "settings.json").write_text("{")
+    for arguments, message in [
+        ([], "MODEL"), ([model_folder, "--samples", 0], "--samples"), ([model_folder, "--chunk", 0], "--chunk"),
+        ([model_folder, "--held-out", -1], "--held-out"), ([model_folder, "--top-p", 2], "--top-p"),
+        ([model_folder, "--nosuch"], "--nosuch"), ([model_folder, "--judge-url", "ftp://x"], "--judge-url"),
+        ([model_folder, "--judge2-url", "ftp://x"], "--judge2-url"), ([model_folder, "--judge2-model", "x"], "--judge2-url"),
+        ([model_folder, *good, "--judge2-url", "http://127.0.0.1:9/v1"], "--judge2-url: no server answers"),
+        ([model_folder, "--judge2-url", "http://x", "--judge2-extra", "["], "--judge2-extra"),
+        ([model_folder, "--embedding", tmp_path], "--embedding"),
+        ([model_folder, *good, "--temperature", 0], "--temperature 0"),
+        ([model_folder, *good, "--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
+        ([model_folder, *good, "--tasks", open_tasks, "--judge", "rules"], "--judge rules"),
+        ([model_folder, *good, "--held-out", 12], "--held-out"),
+        ([model_folder, *good, "--max-prompt-tokens", 5], "--max-prompt-tokens"),
+        ([model_folder, *good, "--max-new-tokens", 5000], "--max-new-tokens"),
+        ([tmp_path / "nosuch", *good], "cannot load model"),
+        ([model_folder, "--base", tmp_path / "nosuch", *good], "cannot load model"),
+        ([model_folder, *good, "--output", tmp_path / "file"], "--output"),
+        ([model_folder, *good, "--output", tmp_path / "broken"], "settings.json: unreadable JSON"),
+    ]:
+        assert message in refused(capsys, *arguments)
+    for arguments in ([model_folder, "--samples", 0], [model_folder, *good, "--held-out", 12]):  # all that there is to see
+        status, out, err, _ = command(EVALUATE, *arguments)
+        assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_quick():
+    status, out, _, seconds = command(EVALUATE, "--help")
+    assert status == 0 and seconds < 3 and "--judge2-url" in out and "--eval-every" not in out
