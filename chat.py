@@ -149,8 +149,9 @@ class ChatClient:
         except requests.Timeout:
             self._rests_until[url] = time.monotonic() + 5
             raise
-        self._down_since.pop(url, None)
-        self._told.discard(url)
+        with self._lock:
+            self._down_since.pop(url, None)
+            self._told.discard(url)
         if answer.status_code == 200:
             try:
                 text = self._text(answer)
@@ -169,10 +170,11 @@ class ChatClient:
             self._down_since.setdefault(url, now)
             if len(self._down_since) < len(self.base_urls):
                 return 0.0
-            if url not in self._told:
+            outage = now - max(self._down_since.values()) + 1e-9
+            if outage > 3 and url not in self._told:  # a refused connection or two is no outage
                 self._told.add(url)
                 tqdm.write(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most", sys.stderr)
-            return now - max(self._down_since.values()) + 1e-9
+            return outage
 
     def _acquire(self):
         """The server with the fewest requests in flight, resting ones last; counted in."""

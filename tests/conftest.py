@@ -125,7 +125,10 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 128  # the default of 5 turns a burst away
+
+        self._http = Listener(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
