@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
+CHUNK = 256  # response tokens whose logits exist at a time
+
 
 @dataclass
 class Sample:
@@ -165,7 +167,7 @@ def pack_mask(segment):
     return (causal & (same | (segment == 0).unsqueeze(0)))[None, None]
 
 
-def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=256):
+def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=CHUNK):
     """(log-probability of each response token [response tokens], entropy at each or None), float32.
 
     Conditions on the pack's question; logits are divided by `temperature`, so that this is the distribution that was

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import grpo
-from vllm_sampler import kv_bytes_per_token
+from vllm_sampler import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
-CHUNK = 256  # response tokens whose logits exist at a time, in grpo.response_logprobs
 # Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
 LIBRARIES = {"host": 0.8e9, "vllm": 0.7e9, "cuda": 1.5e9, "vllm on cuda": 3e9}
 
@@ -57,14 +56,14 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
         responses = [[0] * (tokens // 8)] * 7  # the question takes the rest
         pack = grpo.make_packs([[0] * (tokens - 7 * (tokens // 8))] * 7, responses, tokens)[0]
         with grpo.precision(model, autocast), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            grpo.response_logprobs(model, pack, with_entropy=True, chunk=CHUNK)
+            grpo.response_logprobs(model, pack, with_entropy=True)
         total = sum(storage.nbytes() for storage in kept.values())
     text = model_config.get_text_config()
     layer = total / text.num_hidden_layers
     if checkpointing:
         width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
-    logits = 6 * CHUNK * text.vocab_size * 4  # logits, log-softmax, its exponential and their gradients
+    logits = 6 * grpo.CHUNK * text.vocab_size * 4  # logits, log-softmax, its exponential and their gradients
     return total, layer + logits + tokens * tokens * 5  # the mask, as boolean and as numbers
 
 
@@ -102,7 +101,7 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     if vllm and gpu:
         cache = config.group_size * longest * kv  # at the least: a group of the longest responses at a time
     elif vllm:
-        cache = max(1 << 30, 2 * kv * longest)
+        cache = cpu_cache_bytes(model_config, dtype, longest)
     else:
         rows = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
         row = (prompt or config.max_prompt_tokens) + config.max_new_tokens

@@ -49,6 +49,11 @@ def kv_bytes_per_token(config, dtype):
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
 
 
+def cpu_cache_bytes(config, dtype, max_model_len):
+    """Key-value cache of an engine on a CPU: 1 GiB, or what two of the longest sequences need."""
+    return max(1 << 30, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
+
+
 class VLLMSampler:
     """vLLM's engine in this process, driven step by step.
 
@@ -66,8 +71,8 @@ class VLLMSampler:
             options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": 256}
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
-            cache = max(1 << 30, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
-            options = {"kv_cache_memory_bytes": cache, "enforce_eager": True, "max_num_seqs": 128,
+            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len), "enforce_eager": True,
+                       "max_num_seqs": 128,
                        # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         with tempfile.TemporaryDirectory() as folder:
