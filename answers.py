@@ -6,14 +6,20 @@ token_ids, finished, and for each judge the verdicts (True, False, or None where
 
 import gc
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
+import numpy
+import requests
 import torch
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
+from urllib3.util import Retry
 
 import grpo
+from chat import ChatClient
 from judge import Judge, score
 from policy import named_weights, stop_ids
 from prepare import first_unruled, make_judge
@@ -174,11 +180,17 @@ def response_statistics(model, prompts, responses, token_budget, label):
     return means, entropies / tokens
 
 
-def load_embedding(folder):
-    """texts -> their embeddings, float32 [texts, width]: the mean of the last layer's states over a text's tokens.
+def load_embedding(source, model=""):
+    """texts -> their embeddings, float32 [texts, width]. source: the folder of a transformers model, or the base URL of an
+    OpenAI-compatible server. model: its name there (default: the only one served).
 
-    Raises ValueError, in one line, for a folder that does not hold such a model.
+    A folder's embedding is the mean of the last layer's states over a text's tokens. Raises ValueError, in one line, where
+    there is no such model.
     """
+    return _embedding_server(source, model) if source.startswith("http") else _embedding_folder(source)
+
+
+def _embedding_folder(folder):
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
@@ -192,5 +204,35 @@ def load_embedding(folder):
             ids = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
             rows.append(model(input_ids=ids).last_hidden_state[0].float().mean(0))  # [width]
         return torch.stack(rows).numpy()
+
+    return embed
+
+
+def _embedding_server(url, model):
+    client = ChatClient([url], model, key_variable="EMBEDDING_API_KEY")
+    try:
+        client.check()
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"--embedding: {str(error).replace('--judge-', '--embedding-')}") from None
+    session = requests.Session()
+    retry = Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+    session.mount(url, HTTPAdapter(max_retries=retry))
+
+    def embed(texts):
+        key = os.environ.get(client.key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            answer = session.post(f"{client.base_urls[0]}/embeddings", json={"model": client.model, "input": texts},
+                                  headers=headers, timeout=client.timeout)
+            answer.raise_for_status()
+            rows = sorted(answer.json()["data"], key=lambda row: row["index"])
+            vectors = numpy.array([row["embedding"] for row in rows], dtype=numpy.float32)
+        except requests.RequestException as error:
+            raise ValueError(f"--embedding {url}: {' '.join(str(error).split())[:300]}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"--embedding {url}: does not answer with embeddings") from None
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise ValueError(f"--embedding {url}: {len(texts)} texts sent, embeddings of shape {vectors.shape} came back")
+        return vectors
 
     return embed

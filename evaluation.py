@@ -23,7 +23,8 @@ from runs import saved_config
 # Flags that are Config's own; --sampler and below may change between two starts on one folder.
 SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
           "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
-MAY_CHANGE = {"judge_url", "judge2_url", "judge_concurrency", "token_budget", "device", "embedding", "output", "chunk"}
+MAY_CHANGE = {"judge_url", "judge2_url", "judge_concurrency", "token_budget", "device", "embedding", "embedding_model",
+              "output", "chunk"}
 FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
 
@@ -38,7 +39,9 @@ class Evaluation(Config):
                               "is in $JUDGE2_API_KEY")
     judge2_model: str = setting("", "model to ask there (default: the only one served)")
     judge2_extra: str = setting("", "JSON object added to each request to it")
-    embedding: str = setting("", "folder of an embedding model (transformers) for the semantic distance")
+    embedding: str = setting("", "embedding model for the semantic distance: a transformers folder, or a server's base URL "
+                             "with its key in $EMBEDDING_API_KEY")
+    embedding_model: str = setting("", "model to ask at that server (default: the only one served)")
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
     chunk: int = setting(128, "responses that are sampled and judged before they are written down")
 
@@ -94,8 +97,11 @@ def check_evaluation(config):
     for name in ("judge2_model", "judge2_extra"):
         if getattr(config, name) and not config.judge2_url:
             raise ValueError(f"{flag(name)} needs --judge2-url")
-    if config.embedding and not (Path(config.embedding) / "config.json").is_file():
+    server = config.embedding.startswith(("http://", "https://"))
+    if config.embedding and not server and not (Path(config.embedding) / "config.json").is_file():
         raise ValueError(f"--embedding: no model in {config.embedding}")
+    if config.embedding_model and not server:
+        raise ValueError("--embedding-model needs --embedding with a server's URL")
 
 
 def second_judge(config):
@@ -152,7 +158,7 @@ def evaluate(config):
         vllm, why = choose_sampler(config, device)
         setup = Setup(device, computing_dtype(config, device), vllm, clients["judge"],
                       ChatJudge(clients["judge2"]) if clients["judge2"] else None)
-        embed = load_embedding(config.embedding) if config.embedding else None
+        embed = load_embedding(config.embedding, config.embedding_model) if config.embedding else None
         loaded = {side: load_config(folder) for side, folder in folders.items()}
         contexts = {side: check_context(config, model_config) for side, (model_config, _) in loaded.items()}
         tasks = choose_tasks(config, tasks, [tokenizer for _, tokenizer in loaded.values()])

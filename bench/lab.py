@@ -26,13 +26,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import numpy
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lab_report
 import ruscarl
 from config import Config
 from judge import Judge
@@ -54,7 +55,7 @@ HABITS, RARE = HABITS.split(), RARE.split()
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
 SETTINGS = dict(steps=60, group_size=8, batch_size=8, mini_batch_size=8, lr=1e-3, max_new_tokens=14, temperature=1.0,
-                midpoint=0.4, steepness=20.0, eval_every=1000, eval_samples=8, save_every=10**6, held_out=24,
+                midpoint=0.4, steepness=20.0, eval_every=10, eval_samples=8, save_every=10**6, held_out=24,
                 token_budget=4096, max_unknown=1.0, sampler="transformers", dtype="float32", tasks="lab", model="lab")
 
 
@@ -178,7 +179,8 @@ EXPERIMENTS = {
                                            for noise in ("half removed", "negated", "inverse") for s in ((), NONE))],
     "f. group size": [RUSCARL, *(arm(f"G {g}{', no scaffold' if s else ''}", group_size=g, **dict(s))
                                  for g in (2, 4, 16) for s in ((), NONE))],
-    "g. failing judge": [RUSCARL, arm("10% unknown", judge="unknown"), arm("10% not met", judge="not met")],
+    "g. failing judge": [RUSCARL, arm("10% unknown", judge="unknown"), arm("10% not met", judge="not met"),
+                         arm("10%, asked three times", judge="retried")],
     "h. wrong rubrics": [RUSCARL, arm("half of the prompts with another's rubric", scaffold="mixed up")],
     **{f"i. base rate {rate:.1%}": [arm(f"RuscaRL at {rate:.1%}", base_rate=rate),
                                     arm(f"no scaffold at {rate:.1%}", base_rate=rate, decay="none")]
@@ -200,16 +202,16 @@ def noisy(task, how, rng):
 
 
 class FaultyJudge(Judge):
-    """A judge that fails in 10% of its verdicts, by the address of the verdict; failures are None or False."""
+    """A judge that fails in one verdict of `one_in`, known by its address. verdict: what a failure gives, None or False."""
 
-    def __init__(self, verdict):
+    def __init__(self, verdict, one_in=10):
         super().__init__()
-        self.verdict = verdict
+        self.verdict, self.one_in = verdict, one_in
 
     def submit(self, task, text):
         futures = super().submit(task, text)
         for i in range(len(futures)):
-            if address_seed(task.id, text, i) % 10 == 0:
+            if address_seed(task.id, text, i) % self.one_in == 0:
                 futures[i] = Future()
                 futures[i].set_result(self.verdict)
         return futures
@@ -226,11 +228,12 @@ def mixed_up(batch, ratios, tokenizer, address):
 
 
 ROLLOUTS = ruscarl.make_rollouts
-JUDGES = {"sound": Judge, "unknown": lambda: FaultyJudge(None), "not met": lambda: FaultyJudge(False)}
+JUDGES = {"sound": Judge, "unknown": lambda: FaultyJudge(None), "not met": lambda: FaultyJudge(False),
+          "retried": lambda: FaultyJudge(None, one_in=1000)}  # three tries, each failing in a tenth
 
 
 def train_arm(arm, seed, folder, steps):
-    """One run: {start, end, unasked}: held-out score before and after, and share of the wanted words said, unasked."""
+    """One run: {start, end, curve}: held-out score before and after, and [step, score] every tenth step."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     policy = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -247,7 +250,8 @@ def train_arm(arm, seed, folder, steps):
         ruscarl.train(config, policy, None, tokenizer, optimizer, sampler, judge, tasks, held_out, run)
         rows = run.rows()
     judge.close()
-    return {"start": rows[0]["eval/score"], "end": rows[-1]["eval/score"]}
+    curve = [[row["step"], row["eval/score"]] for row in rows if "eval/score" in row]
+    return {"start": curve[0][1], "end": curve[-1][1], "curve": curve}
 
 
 def key_of(arm, seed, steps):
@@ -289,31 +293,10 @@ def run_all(experiments, seeds, steps, kept, cache, workers):
     return done
 
 
-def interval(values):
-    """(mean, half width of the 95% t interval) of independent values."""
-    n = len(values)
-    draws = numpy.random.default_rng(0)
-    t = numpy.quantile(draws.standard_t(n - 1, 1_000_000), 0.975)  # the quantile by simulation, to half a percent
-    return numpy.mean(values), t * numpy.std(values, ddof=1) / n**0.5
-
-
-def table(experiments, results, seeds, steps):
-    """Lines of a Markdown table: each arm's score after training, and its difference to the experiment's first arm."""
-    lines = ["| experiment | arm | before | after, 95% interval | minus the first arm, seed by seed |",
-             "|---|---|---|---|---|"]
-    for name, arms in experiments.items():
-        columns = {arm: [results[key_of(arm, seed, steps)] for seed in range(seeds)] for arm in arms}
-        for arm, column in columns.items():
-            after = interval([row["end"] for row in column])
-            before = numpy.mean([row["start"] for row in column])
-            cells = [name, arm.name, f"{before:+.3f}", f"{after[0]:+.3f} +- {after[1]:.3f}"]
-            if arm is arms[0]:
-                cells.append("")
-            else:
-                paired = interval([a["end"] - b["end"] for a, b in zip(column, columns[arms[0]])])
-                cells.append(f"{paired[0]:+.3f} +- {paired[1]:.3f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def by_arm(experiments, results, seeds, steps):
+    """{experiment: {arm's name: its runs, one a seed}}."""
+    return {experiment: {arm.name: [results[key_of(arm, seed, steps)] for seed in range(seeds)] for arm in arms}
+            for experiment, arms in experiments.items()}
 
 
 def main():
@@ -323,7 +306,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--only", default="", help="experiments that begin with this, such as a")
-    parser.add_argument("--output", help="folder for lab.jsonl (every run) and lab.md (the table)")
+    parser.add_argument("--output", help="folder for lab.jsonl (every run), lab.md (the table) and pictures")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     experiments = QUICK if args.quick else {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
@@ -334,12 +317,15 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         results = run_all(experiments, seeds, args.steps, output / "lab.jsonl" if output else None, cache, args.workers)
     command = " ".join(["python bench/lab.py", *sys.argv[1:]])
+    found = by_arm(experiments, results, seeds, args.steps)
     lines = ["# The lab", "", f"`{command}`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
              f"{(time.monotonic() - start) / 60:.0f} minutes for what was missing. {seeds} seeds, {args.steps} steps; "
-             "held-out score without scaffold, the best possible is 1.", "", *table(experiments, results, seeds, args.steps)]
+             "held-out score without scaffold, the best possible is 1.", "", *lab_report.table(found)]
     print("\n".join(lines))
     if output:
-        (output / "lab.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lab_report.draw_arms(found, output / "lab.png")
+        lab_report.draw_curves(found, output / "lab-curves.png")
+        lab_report.write(output / "lab.md", [*lines, "", "![arms](lab.png)", "", "![curves](lab-curves.png)"])
 
 
 if __name__ == "__main__":

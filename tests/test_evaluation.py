@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import evaluation
-from answers import Samples, response_statistics
+from answers import Samples, load_embedding, response_statistics
 from conftest import RUN, Server, command, completion, needs_vllm, read, tiny_model, tiny_tokenizer, write_tasks
 from measures import (
     agreement,
@@ -361,6 +361,29 @@ def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_p
     assert sum(by_side[0][key] == by_side[1][key] for key in by_side[0]) >= 34  # whichever came first
 
 
+def test_embeddings_from_a_server(server, monkeypatch):
+    vectors = {"a": [1.0, 0.0], "b": [0.0, 2.0], "c": [3.0, 0.0]}
+
+    def answers(body, number):
+        if number == 1:
+            return 503, {}, "busy"
+        rows = [{"index": i, "embedding": vectors[text]} for i, text in enumerate(body["input"])]
+        return 200, {}, json.dumps({"data": rows[::-1]})
+
+    server.answers = answers
+    monkeypatch.setenv("EMBEDDING_API_KEY", "secret")
+    embed = load_embedding(server.url)
+    assert embed(["a", "b", "c"]).tolist() == [vectors["a"], vectors["b"], vectors["c"]]
+    assert server.requests[-1]["model"] == "judge" and server.requests[-1]["_authorization"] == "Bearer secret"
+    assert cosine_distance(embed(["a", "b", "c"])) == pytest.approx(2 / 3)
+    for status, text, message in ((400, "no", "400"), (200, "{}", "does not answer with embeddings"),
+                                  (200, '{"data": [{"index": 0, "embedding": [1]}]}', "2 texts sent")):
+        server.answers = lambda body, number, status=status, text=text: (status, {}, text)
+        with pytest.raises(ValueError, match=message) as caught:
+            embed(["a", "b"])
+        assert "secret" not in str(caught.value)
+
+
 def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RUSCARL_JUDGE_URL", raising=False)
     good = flags(tmp_path)
@@ -377,6 +400,8 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
         ([model_folder, *good, "--judge2-url", "http://127.0.0.1:9/v1"], "--judge2-url: no server answers"),
         ([model_folder, "--judge2-url", "http://x", "--judge2-extra", "["], "--judge2-extra"),
         ([model_folder, "--embedding", tmp_path], "--embedding"),
+        ([model_folder, "--embedding-model", "x"], "--embedding-model needs"),
+        ([model_folder, *good, "--embedding", "http://127.0.0.1:9/v1"], "--embedding: no server answers"),
         ([model_folder, *good, "--temperature", 0], "--temperature 0"),
         ([model_folder, *good, "--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
         ([model_folder, *good, "--tasks", open_tasks, "--judge", "rules"], "--judge rules"),

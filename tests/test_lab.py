@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import lab
+import lab_report
 from judge import Judge, score
 from policy import prompt_ids
 from scaffold import scaffold_messages
@@ -72,13 +73,20 @@ def test_the_whole_lab_and_its_continuation(tmp_path, monkeypatch):
             results[lab.key_of(arm, seed, 2)] = lab.train_arm(arm, seed, tmp_path / "base_0.005", 2)
     again = lab.train_arm(lab.PLAIN, 1, tmp_path / "base_0.005", 2)
     assert again == results[lab.key_of(lab.PLAIN, 1, 2)]  # a seed is a seed
-    lines = lab.table(lab.QUICK, results, 2, 2)
+    arms = lab.by_arm(lab.QUICK, results, 2, 2)
+    lines = lab_report.table(arms)
     assert len(lines) == 4 and "no scaffold" in lines[3] and lines[3].count("+-") == 2
+    for draw in (lab_report.draw_arms, lab_report.draw_curves):
+        draw(arms, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    lab_report.write(tmp_path / "report.md", ["# Title", "old", lab_report.READING, "by hand"])
+    lab_report.write(tmp_path / "report.md", ["# Title", "new"])
+    assert (tmp_path / "report.md").read_text().split() == ["#", "Title", "new", "##", "Reading", "by", "hand"]
     kept.write_text("".join(lab.json.dumps({"key": key, **row}) + "\n" for key, row in results.items()))
     found = lab.run_all(lab.QUICK, 2, 2, kept, tmp_path, 1)  # everything is there: nothing is run
     assert {key: found[key]["end"] for key in results} == {key: row["end"] for key, row in results.items()}
 
 
 def test_the_interval_is_students():
-    mean, half = lab.interval([1.0, 2.0, 3.0, 4.0])
+    mean, half = lab_report.interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5 and half == pytest.approx(3.182 * (5 / 3) ** 0.5 / 2, rel=0.02)

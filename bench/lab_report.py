@@ -1,0 +1,104 @@
+"""What came out of the lab, as a table beside the paper's figures and as pictures."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy
+from matplotlib import pyplot
+
+READING = "## Reading"  # what stands below this line of a report was written by hand, and stays
+OTHERS = "41.1 to 44.0"
+PAPER = {  # HealthBench-500 after training Qwen2.5-7B-Instruct, arXiv 2508.16949
+    "a. scaffold": {"RuscaRL": "56.4", "no scaffold": "52.0", "whole rubric always": "36.8", "binary, 4 of 8": "46.0",
+                    "binary, 8 of 8": "44.7"},
+    "b. decay": {"RuscaRL": "56.4", "constant": OTHERS, "linear": OTHERS, "power 2": OTHERS, "power 3": OTHERS,
+                 "power 5": OTHERS},
+    "c. steepness": {"RuscaRL": "56.4 at 125 (350 steps)", "steepness 5": "47.0 at 0", "steepness 125": "54.1 at 1000"},
+    "c. midpoint": {"RuscaRL": "48.0", "midpoint 0.2": "56.4"},
+    "d. ratio": {"RuscaRL": "56.4", "unbiased": "44.8", "scaffolded": "45.7"},
+    "e. noisy rubrics": {"RuscaRL": "56.4", "no scaffold": "52.0", "half removed": "48.1",
+                         "half removed, no scaffold": "43.2", "negated": "8.2", "negated, no scaffold": "4.3",
+                         "inverse": "11.9", "inverse, no scaffold": "8.4"},
+}
+
+
+def interval(values):
+    """(mean, half width of the 95% t interval) of independent values."""
+    n = len(values)
+    draws = numpy.random.default_rng(0)
+    t = numpy.quantile(draws.standard_t(n - 1, 1_000_000), 0.975)  # the quantile by simulation, to half a percent
+    return numpy.mean(values), t * numpy.std(values, ddof=1) / n**0.5
+
+
+def plus_minus(values):
+    """`interval` as text."""
+    mean, half = interval(values)
+    return f"{mean:+.3f} +- {half:.3f}"
+
+
+def table(found):
+    """Lines of a Markdown table. found: {experiment: {arm: its runs, a {start, end, curve} each}}; every arm beside the
+    paper's figure and the difference to the experiment's first arm."""
+    lines = ["| experiment | arm | before | after, 95% interval | minus the first arm, seed by seed | the paper's |",
+             "|---|---|---|---|---|---|"]
+    for experiment, arms in found.items():
+        first = next(iter(arms.values()))
+        for arm, runs in arms.items():
+            differences = [run["end"] - other["end"] for run, other in zip(runs, first)]
+            cells = [experiment, arm, f"{numpy.mean([run['start'] for run in runs]):+.3f}",
+                     plus_minus([run["end"] for run in runs]), "" if runs is first else plus_minus(differences),
+                     PAPER.get(experiment, {}).get(arm, "")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw_arms(found, path):
+    """Every arm's score after training with its interval, one row an arm."""
+    rows = [row for experiment, arms in found.items() for row in [(experiment, None), *arms.items()]]
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+    for y, (_, runs) in enumerate(rows):
+        if runs is not None:
+            mean, half = interval([run["end"] for run in runs])
+            axes.plot([run["end"] for run in runs], [y] * len(runs), ".", color="0.7", markersize=4)
+            axes.errorbar(mean, y, xerr=half, fmt="o", color="black", markersize=4, capsize=3)
+    axes.set_yticks(range(len(rows)), [name if runs is None else f"   {name}" for name, runs in rows], fontsize=8)
+    for label, (_, runs) in zip(axes.get_yticklabels(), rows):
+        label.set_fontweight("bold" if runs is None else "normal")
+    axes.set(xlabel="held-out score after training, asked plainly: mean, 95% interval, and every run",
+             ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def draw_curves(found, path):
+    """Held-out score over training of the first experiment's arms; where there is a sweep of the base rate, beside it."""
+    figure, (curves, sweep) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for (arm, runs), line in zip(next(iter(found.values())).items(), ("o-", "s--", "^:", "v-.", "d-")):
+        steps = [step for step, _ in runs[0]["curve"]]
+        columns = [interval(column) for column in zip(*([score for _, score in run["curve"]] for run in runs))]
+        curves.errorbar(steps, *zip(*columns), fmt=line, markersize=4, capsize=2, label=arm)
+    curves.set(xlabel="step", ylabel="held-out score, asked plainly (95% interval)")
+    curves.legend()
+    rates = {name: arms for name, arms in found.items() if name.startswith("i. base rate")}
+    for place, (label, line) in enumerate((("RuscaRL", "o-"), ("no scaffold", "s--"))):
+        points = [(float(name.split()[-1].rstrip("%")), *interval([run["end"] for run in list(arms.values())[place]]))
+                  for name, arms in rates.items()]
+        if points:
+            sweep.errorbar(*zip(*points), fmt=line, markersize=4, capsize=2, label=label)
+    sweep.set(xlabel="rare words among those said unasked, before training (%)", ylabel="held-out score after training",
+              xscale="log")
+    sweep.xaxis.set_major_formatter("{x:g}")
+    sweep.legend(*sweep.get_legend_handles_labels())
+    sweep.set_visible(bool(rates))
+    for axes in (curves, sweep):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def write(path, lines):
+    """Write a report; the reading below its line READING, made by hand, is kept."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    reading = "\n" + old[old.index(READING) :] if READING in old else ""
+    path.write_text("\n".join(lines) + "\n" + reading, encoding="utf-8")
