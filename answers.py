@@ -24,6 +24,7 @@ from judge import Judge, score
 from policy import named_weights, stop_ids
 from prepare import first_unruled, make_judge
 from rollouts import make_rollouts, sample_and_judge
+from runs import whole_lines
 from sampler import SamplingParams, TransformersSampler
 from vllm_sampler import VLLMSampler
 
@@ -36,12 +37,8 @@ class Samples:
 
     def __init__(self, folder):
         self.path, self.records = folder / "samples.jsonl", {}
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):
-            torn = lines.pop()
-            with open(self.path, "r+b") as file:  # else the next line would be glued to it
-                file.truncate(self.path.stat().st_size - len(torn))
-        for number, line in enumerate(lines, 1):
+        whole_lines(self.path)
+        for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], 1):
             try:
                 record = json.loads(line)
                 self.records[record["side"], record["task"], record["sample"]] = record

@@ -6,6 +6,7 @@ server that cannot be reached is waited for, so that it can be restarted under a
 ChatError.
 """
 
+import json
 import os
 import random
 import sys
@@ -33,24 +34,46 @@ class _Failed(Exception):
         self.pause, self.temperature = pause, temperature
 
 
+def json_object(text):
+    """(the JSON object that the first brace of an answer opens, the text after it). Raises ValueError where there is none.
+
+    An object in which a key stands twice does not say which of the two it means: it is refused, too.
+    """
+    start = text.find("{")
+    if start < 0:
+        raise ValueError("no JSON object")
+    try:
+        found, end = json.JSONDecoder(object_pairs_hook=_unique_keys).raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    return found, text[end:]
+
+
+def _unique_keys(pairs):
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
 class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable that holds the API key, if there is one. concurrency: requests at a time, over all servers.
     timeout: seconds for one try. retries: tries after the first. patience: seconds for which no server may be reachable
-    before requests fail; such tries are not counted. extra: fields added to every request body.
+    before requests fail; such tries are not counted. extra: fields added to every request body. cut_off_is_an_answer:
+    whether a text that ended at the limit of tokens is one.
     counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model = model
         self.key_variable = key_variable
         self.timeout, self.retries, self.patience = timeout, retries, patience
         self.max_tokens, self.first_pause = max_tokens, first_pause
-        self.extra = extra or {}
+        self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
         self.structured = True  # until a server refuses response_format
         self.counts = Counter()
         self.last_error = None
@@ -223,7 +246,7 @@ class ChatClient:
             self.counts.update(tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
-        if choice.get("finish_reason") == "length":
+        if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
             raise ValueError("cut off at the limit of tokens")
         return text
 

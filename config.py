@@ -142,6 +142,17 @@ def parse_command_line(argv=None):
     return action, config
 
 
+def add_flags(parser, settings, names):
+    """A flag for each of the fields `names` of the dataclass `settings`; None where it is not given."""
+    for field in dataclasses.fields(settings):
+        if field.name in names:
+            shown = "" if field.default in ("", False) else f" [{field.default}]"
+            choices = field.metadata["choices"]
+            kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
+                    {"type": field.type, "choices": choices, "metavar": None if choices else field.type.__name__.upper()})
+            parser.add_argument(flag(field.name), default=None, help=field.metadata["help"] + shown, **kind)
+
+
 def _new(given):
     preset = given.get("preset", "auto")
     if preset == "auto":

@@ -17,8 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PAPER, Config, Parser, check, flag, setting
-from runs import saved_config
+from config import PAPER, Config, Parser, add_flags, check, flag, setting
+from runs import claim, saved_config
 
 # Flags that are Config's own; --sampler and below may change between two starts on one folder.
 SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
@@ -50,13 +50,7 @@ def parse_command_line(argv=None):
     """The Evaluation; exits with status 2 and one line on a mistake."""
     parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
-    own = Evaluation.__annotations__
-    for field in dataclasses.fields(Evaluation):
-        if field.name in SHARED or field.name in own:
-            shown = "" if field.default == "" else f" [{field.default}]"
-            parser.add_argument(flag(field.name), type=field.type, choices=field.metadata["choices"], default=None,
-                                help=field.metadata["help"] + shown,
-                                metavar=None if field.metadata["choices"] else field.type.__name__.upper())
+    add_flags(parser, Evaluation, (*SHARED, *Evaluation.__annotations__))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
         config = Evaluation(**{**_start(given["model"]), **given})
@@ -127,7 +121,7 @@ from answers import Samples, Setup, complete, load_embedding, response_statistic
 from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge
-from policy import load_config, load_policy, named_weights, prompt_ids
+from policy import load_config, load_policy, named_weights, policy_folder, prompt_ids
 from prepare import (
     check_context,
     check_judge,
@@ -163,7 +157,7 @@ def evaluate(config):
         contexts = {side: check_context(config, model_config) for side, (model_config, _) in loaded.items()}
         tasks = choose_tasks(config, tasks, [tokenizer for _, tokenizer in loaded.values()])
         settings, output = kept_settings(config, tasks, setup), Path(config.output)
-        claim(output, settings)
+        claim(output, settings, "samples.jsonl")
         samples = Samples(output)
         say(f"{output}: {len(tasks)} tasks x {config.samples} samples; sampler: {settings['sampler']} in "
             f"{settings['dtype']} ({why})")
@@ -171,7 +165,7 @@ def evaluate(config):
         for side, source in sources.items():  # one after the other: both might not fit, and vLLM has one engine at a time
             policy, tokenizer = load_policy(folders[side])
             settings[f"weights of {source}"] = fingerprint(policy)
-            claim(output, settings)
+            claim(output, settings, "samples.jsonl")
             complete(side, config, tasks, samples, policy, tokenizer, contexts[side], setup)
             policy.to(device, setup.dtype if device == "cuda" else torch.float32)
             # a model's own responses tell its entropy, MODEL's under both models the novelty
@@ -201,16 +195,6 @@ def evaluate(config):
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     figures.draw(results, output)
     return results
-
-
-def policy_folder(source):
-    """What load_policy takes: a run's trained policy, or `source` itself. Raises ValueError for a run without one."""
-    run = Path(source)
-    if not (run / "tasks.sha256").is_file():
-        return source
-    if not (run / "policy" / "config.json").is_file():
-        raise ValueError(f"{source} has no policy/: the run is not finished (python ruscarl.py --resume)")
-    return str(run / "policy")
 
 
 def connect_second(config):
@@ -244,28 +228,7 @@ def kept_settings(config, tasks, setup):
     return {**{name: getattr(config, name) for name in names}, "judge_model": client.model if client else "",
             "judge2_model": setup.second.client.model if setup.second else "", "judged by": by,
             "sampler": "vllm" if setup.vllm else "transformers", "dtype": str(setup.dtype).removeprefix("torch."),
-            "tasks_sha256": hashlib.sha256(repr(tasks).encode()).hexdigest()}
-
-
-def claim(folder, settings):
-    """Add `settings` to settings.json in `folder`, made if need be. Raises ValueError where it says something else."""
-    path = folder / "settings.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not saved and (folder / "samples.jsonl").exists():
-        raise ValueError(f"--output {folder}: there is a samples.jsonl without its settings.json")
-    for name, value in settings.items():
-        if name in saved and saved[name] != value:
-            label = flag(name) if hasattr(Evaluation, name) else name
-            raise ValueError(f"--output {folder} holds an evaluation with another {label}: {saved[name]!r} there, "
-                             f"{value!r} now; give another --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**saved, **settings}, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
+            "hash of the tasks": hashlib.sha256(repr(tasks).encode()).hexdigest()}
 
 
 def fingerprint(model):

@@ -14,7 +14,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
-from chat import ChatError
+from chat import ChatError, json_object
 from rules import rule_from_tags
 
 VERDICT_SCHEMA = {  # without maxLength a small judge rambles until it is cut off, and the verdict never comes
@@ -69,26 +69,13 @@ def parse_verdict(text):
     Raises ValueError unless the first brace of the text opens a JSON object whose criteria_met is true or false, and no
     second verdict follows: an answer in which two verdicts stand does not say which is the judge's.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    start = text.find("{")
-    if start < 0:
-        raise ValueError("no JSON object")
-    try:
-        answer, end = decoder.raw_decode(text, start)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
+    answer, rest = json_object(text)
     verdict = answer.get("criteria_met")
     if not isinstance(verdict, bool):
         raise ValueError("criteria_met is not true or false")
-    if "criteria_met" in text[end:]:
+    if "criteria_met" in rest:
         raise ValueError("more than one verdict")
     return verdict
-
-
-def _unique_keys(pairs):
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
 
 
 class ChatJudge:

@@ -107,6 +107,16 @@ def _load_gguf(path):
     return model, tokenizer
 
 
+def policy_folder(source):
+    """What load_policy takes: a run's trained policy, or `source` itself. Raises ValueError for a run without one."""
+    run = Path(source)
+    if not (run / "tasks.sha256").is_file():
+        return source
+    if not (run / "policy" / "config.json").is_file():
+        raise ValueError(f"{source} has no policy/: the run is not finished (python ruscarl.py --resume)")
+    return str(run / "policy")
+
+
 def default_model_folder(cache=None):
     """Folder of SmolLM2-135M-Instruct in transformers format; downloaded (93 MB) and converted the first time."""
     cache = Path(cache or os.environ.get("RUSCARL_CACHE") or

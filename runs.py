@@ -41,6 +41,38 @@ def saved_config(runs, name):
     return name, saved
 
 
+def whole_lines(path):
+    """Remove a last line of `path` that a kill has torn, or the next one would be glued to it."""
+    content = path.read_bytes() if path.exists() else b"\n"
+    if not content.endswith(b"\n"):
+        with open(path, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def claim(folder, settings, kept):
+    """Add `settings` to settings.json in `folder`, made if need be: what is kept there was made with these.
+
+    kept: name of the file that is kept. Raises ValueError where settings.json says something else or is missing.
+    """
+    path = folder / "settings.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: unreadable JSON: {error}") from None
+    if not saved and (folder / kept).exists():
+        raise ValueError(f"--output {folder}: there is a {kept} without its settings.json")
+    for name, value in settings.items():
+        if name in saved and saved[name] != value:
+            label = name if " " in name else "--" + name.replace("_", "-")
+            raise ValueError(f"--output {folder} was made with another {label}: {saved[name]!r} there, "
+                             f"{value!r} now; give another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**saved, **settings}, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
+
+
 def _write(path, text):
     """Write beside `path` and rename: a kill in between leaves the old file whole."""
     part = path.with_name(path.name + ".part")

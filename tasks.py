@@ -43,8 +43,9 @@ class Task:
     tags: tuple = ()
 
 
-def load_tasks(source, limit=None):
-    """Tasks of `source` (see the module's docstring), the first `limit` of them.
+def load_tasks(source, limit=None, need_rubrics=True):
+    """Tasks of `source` (see the module's docstring), the first `limit` of them. need_rubrics: whether a record without
+    rubrics is a mistake, or a task with an empty one.
 
     Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench
     cannot be downloaded.
@@ -61,11 +62,11 @@ def load_tasks(source, limit=None):
             raise ValueError(f"unknown tasks {source!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
         if not path.is_file():
             raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
-    records = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_jsonl(path)
+    records = _read_parquet(path) if path.suffix.lower() == ".parquet" else read_jsonl(path)
     tasks = []
     seen = {}
     for place, record in itertools.islice(records, limit):
-        task = _parse_task(record, place)
+        task = _parse_task(record, place, need_rubrics)
         if task.id in seen:
             raise ValueError(f"{place}: prompt_id: {task.id!r} was already used at {seen[task.id]}")
         seen[task.id] = place
@@ -116,7 +117,7 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
     return path
 
 
-def _read_jsonl(path):
+def read_jsonl(path):
     """(place, record) for every line that is not blank."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -161,16 +162,18 @@ def _read_parquet(path):
                       "example_tags": row.get("example_tags")}
 
 
-def _parse_task(record, place):
+def _parse_task(record, place, need_rubrics):
     """A Task from a record in HealthBench's format; ValueError names the place and the field."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a record must be a JSON object")
     messages = _parse_messages(record.get("prompt"), place)
     rubrics = record.get("rubrics")
-    if not isinstance(rubrics, list) or not rubrics:
+    if rubrics is None and not need_rubrics:
+        rubrics = []
+    elif not isinstance(rubrics, list) or not rubrics:
         raise ValueError(f"{place}: rubrics: missing or empty")
     rubric = tuple(_parse_criterion(c, f"{place}: rubrics[{i}]") for i, c in enumerate(rubrics))
-    if not any(criterion.points > 0 for criterion in rubric):
+    if rubric and not any(criterion.points > 0 for criterion in rubric):
         raise ValueError(f"{place}: rubrics: no criterion has positive points, so no score is defined")
     identity = record.get("prompt_id")
     if identity is None:  # the official parquet files have none: the conversation and its rubric are its name

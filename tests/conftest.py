@@ -81,6 +81,19 @@ def command(*args, env=None, timeout=120):
     return done.returncode, done.stdout, done.stderr, time.monotonic() - start
 
 
+def refused(module, capsys, *arguments):
+    """The one line with which the command of `module` refuses; in this process, which spares the imports."""
+    try:
+        status = module.main(module.parse_command_line([str(argument) for argument in arguments]))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "", (arguments, err)
+    lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
+    assert lines[-1].startswith(f"{module.__name__}.py: error: "), err
+    return lines[-1]
+
+
 def write_tasks(path, rubric):
     """Twelve questions with the same rubric."""
     records = [{"prompt_id": str(i), "rubrics": rubric, "prompt": [{"role": "user", "content": f"Question {i}?"}]}

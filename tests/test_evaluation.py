@@ -12,7 +12,7 @@ import torch
 
 import evaluation
 from answers import Samples, load_embedding, response_statistics
-from conftest import RUN, Server, command, completion, needs_vllm, read, tiny_model, tiny_tokenizer, write_tasks
+from conftest import RUN, Server, command, completion, needs_vllm, read, refused, tiny_model, tiny_tokenizer, write_tasks
 from measures import (
     agreement,
     best_of_n,
@@ -160,19 +160,6 @@ def test_novelty_and_entropy_equal_one_sequence_at_a_time():
     assert entropy == pytest.approx(numpy.mean(entropies), rel=1e-4)
 
 
-def refused(capsys, *arguments):
-    """The one line with which the command refuses; in this process, which spares the imports."""
-    try:
-        status = evaluation.main(evaluation.parse_command_line([str(argument) for argument in arguments]))
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    assert status == 2 and out == "", (arguments, err)
-    lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
-    assert lines[-1].startswith("evaluation.py: error: "), err
-    return lines[-1]
-
-
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory):
     """Another tiny model."""
@@ -233,7 +220,7 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
     assert json.loads((folder / "results.json").read_text()) == results
 
     (folder / "samples.jsonl").write_bytes(lines[0] + b"{}\n" + whole)
-    assert "samples.jsonl, line 2" in refused(capsys, *arguments)
+    assert "samples.jsonl, line 2" in refused(evaluation, capsys, *arguments)
 
 
 def test_samples_of_one_side_in_the_order_of_tasks(tmp_path):
@@ -313,11 +300,11 @@ def test_the_model_judges_itself_and_other_settings_are_refused(model_folder, ot
     kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
     for change, message in [(["--samples", 2], "--samples: 1 there, 2 now"), (["--seed", 1], "--seed: 0 there, 1 now"),
                             (["--base", other_folder], "--base"), (["--tasks", "first_aid"], "--tasks")]:
-        assert message in refused(capsys, *arguments, *change)
+        assert message in refused(evaluation, capsys, *arguments, *change)
     shutil.copy(other_folder / "model.safetensors", copy)
-    assert "weights of" in refused(capsys, *arguments)
+    assert "weights of" in refused(evaluation, capsys, *arguments)
     (tmp_path / "out" / "settings.json").unlink()
-    assert "without its settings.json" in refused(capsys, *arguments)
+    assert "without its settings.json" in refused(evaluation, capsys, *arguments)
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == kept
 
 
@@ -338,7 +325,7 @@ def test_a_run_is_evaluated_on_what_it_held_out(model_folder, tmp_path, capsys):
     assert {r["task"] for r in records} == held_out and len(records) == 5
     assert max(len(r["token_ids"]) for r in records) == 8
     shutil.rmtree(run / "policy")
-    assert "not finished" in refused(capsys, run)
+    assert "not finished" in refused(evaluation, capsys, run)
 
 
 @needs_vllm
@@ -413,7 +400,7 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
         ([model_folder, *good, "--output", tmp_path / "file"], "--output"),
         ([model_folder, *good, "--output", tmp_path / "broken"], "settings.json: unreadable JSON"),
     ]:
-        assert message in refused(capsys, *arguments)
+        assert message in refused(evaluation, capsys, *arguments)
     for arguments in ([model_folder, "--samples", 0], [model_folder, *good, "--held-out", 12]):  # all that there is to see
         status, out, err, _ = command(EVALUATE, *arguments)
         assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err

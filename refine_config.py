@@ -1,0 +1,89 @@
+"""Every setting of refine.py and its command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, Parser, add_flags, check, flag, setting
+
+# Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
+SHARED = ("seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "judge_concurrency",
+          "device", "dtype")
+MAY_CHANGE = {"sampler", "judge_concurrency", "device", "dtype", "proposer_url", "verifier_url", "proposer_price",
+              "verifier_price", "output"}
+
+
+@dataclass
+class Refinement(Config):
+    """The settings of a refinement: those of Config named in SHARED, and these."""
+
+    limit: int = setting(0, "only the first so many prompts; 0: all")
+    responses: str = setting("", 'file with the responses, lines of {"prompt_id": ..., "responses": [texts]}; nothing is '
+                             "sampled then")
+    sample_from: str = setting("smollm2", "what samples responses, comma-separated: models as ruscarl.py --model takes "
+                               "them, runs, or servers as URL or MODEL@URL with their key in $RESPONDER_API_KEY")
+    samples: int = setting(16, "responses to each prompt from each of them")
+    proposer: str = setting("chat", "who writes the rubrics: a language model, or rules picked from the rubrics that the "
+                            "prompts have (for experiments)", ("chat", "rules"))
+    proposer_url: str = setting("", "base URLs of its servers, comma-separated; the key is in $PROPOSER_API_KEY")
+    proposer_model: str = setting("", "model to ask there (default: the only one served)")
+    proposer_price: str = setting("", "dollars per million tokens, prompt and completion, e.g. 2,8: the cost is shown")
+    verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
+    verifier_model: str = setting("", "model to ask there (default: the only one served)")
+    verifier_price: str = setting("", "as --proposer-price")
+    one_by_one: bool = setting(False, "a call for each criterion instead of one for all criteria of a response")
+    start: str = setting("prompt", "rubric to begin with: written from the prompt alone, or the prompt's own",
+                         ("prompt", "own"))
+    rounds: int = setting(4, "most refinements of a rubric, two responses each")
+    max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
+                                  "that the rubric told apart before")
+    always: bool = setting(False, "refine even where the two best are told apart already, as the paper does")
+    output: str = setting("", "folder for everything that comes out (default: refined/<prompts>)")
+
+
+def parse_command_line(argv=None):
+    """The Refinement; exits with status 2 and one line on a mistake."""
+    parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
+    parser.add_argument("tasks", metavar="PROMPTS", help="as ruscarl.py --tasks, but the rubrics may be missing")
+    add_flags(parser, Refinement, (*SHARED, *Refinement.__annotations__))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    try:
+        config = Refinement(**{"max_new_tokens": 512, "temperature": 1.0, **given})
+        config.output = config.output or f"refined/{Path(config.tasks).stem}"
+        check_refinement(config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
+
+
+def check_refinement(config):
+    """Raise ValueError, naming the flag, for a value that makes no sense."""
+    check(config)
+    if config.samples < 2:
+        raise ValueError(f"--samples must be at least 2, got {config.samples}")
+    for name in ("limit", "rounds"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{flag(name)} must not be negative, got {getattr(config, name)}")
+    if not 0 <= config.max_reversed <= 1:
+        raise ValueError(f"--max-reversed must be between 0 and 1, got {config.max_reversed}")
+    if config.proposer == "chat" and not config.proposer_url:
+        raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
+    for name in ("proposer", "verifier"):
+        price(config, name)
+        url = getattr(config, f"{name}_url")
+        if (getattr(config, f"{name}_model") or getattr(config, f"{name}_price")) and not url:
+            raise ValueError(f"--{name}-model and --{name}-price need --{name}-url")
+        for part in url.split(",") if url else []:
+            if not part.startswith(("http://", "https://")):
+                raise ValueError(f"--{name}-url: {part!r} does not begin with http:// or https://")
+
+
+def price(config, name):
+    """(dollars per prompt token, per completion token) of the proposer or the verifier; None where none is given."""
+    text = getattr(config, f"{name}_price")
+    try:
+        values = [float(part) / 1e6 for part in text.split(",")] if text else None
+    except ValueError:
+        values = []
+    if values is not None and not (len(values) == 2 and min(values) >= 0):
+        raise ValueError(f"--{name}-price must be two numbers such as 2,8, got {text!r}")
+    return values
