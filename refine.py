@@ -183,6 +183,7 @@ def refine(config):
         kept = Responses(output)
         clients |= gather(config, missing, kept)
         given = {task.id: kept.of(task) for task in missing}
+        failed = {task.id: "fewer than two different responses came" for task in missing if len(given[task.id]) < 2}
 
     def work(task):
         rng = random.Random(address_seed(config.seed, "refine", task.id))
@@ -191,7 +192,7 @@ def refine(config):
 
     threads = ThreadPoolExecutor(config.judge_concurrency)
     try:
-        futures = {threads.submit(work, task): task for task in missing}
+        futures = {threads.submit(work, task): task for task in missing if task.id not in failed}
         for future in tqdm(as_completed(futures), "refining", len(futures), disable=None):
             task = futures[future]
             try:

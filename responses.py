@@ -6,12 +6,10 @@ A line of the file is {"prompt_id": ..., "responses": [texts]}; where an id stan
 import gc
 import json
 from concurrent.futures import as_completed
-from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
-from answers import make_sampler
+from answers import Setup, make_sampler
 from chat import ChatClient, ChatError
 from policy import load_policy, policy_folder, prompt_ids
 from prepare import check_context, choose_device, choose_sampler, computing_dtype, say
@@ -20,20 +18,11 @@ from sampler import SamplingParams, address_seed
 from tasks import read_jsonl
 
 
-@dataclass
-class Place:
-    """Where a local model samples; see answers.make_sampler."""
-
-    device: str
-    dtype: torch.dtype
-    vllm: bool
-
-
 def read_responses(path, tasks):
     """{task id: texts} of a file. Raises ValueError, with line and field, for a defect or an id that no task has."""
-    known, found = {task.id for task in tasks}, {}
+    found = {}
     for place, record in read_jsonl(path):
-        if not isinstance(record, dict) or record.get("prompt_id") not in known:
+        if not isinstance(record, dict) or record.get("prompt_id") not in [task.id for task in tasks]:
             raise ValueError(f"{place}: prompt_id: missing, or none of the prompts has it")
         texts = record.get("responses")
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -120,7 +109,8 @@ def sample_from_server(config, client, source, tasks, kept):
 
 def sample_from_model(config, source, tasks, kept):
     """`gather` from a model on this machine. A response's seed is its address (seed, "refine", source, task, sample)."""
-    place = Place(device := choose_device(config), computing_dtype(config, device), choose_sampler(config, device)[0])
+    device = choose_device(config)
+    setup = Setup(device, computing_dtype(config, device), choose_sampler(config, device)[0], client=None, second=None)
     policy, tokenizer = load_policy(policy_folder(source))
     check_context(config, policy.config)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
@@ -129,7 +119,7 @@ def sample_from_model(config, source, tasks, kept):
         if len(ids) > config.max_prompt_tokens:
             raise ValueError(f"task {task.id}: its question has {len(ids)} tokens, --max-prompt-tokens is "
                              f"{config.max_prompt_tokens}")
-    sampler = make_sampler(config, policy, tokenizer, None, place)
+    sampler = make_sampler(config, policy, tokenizer, None, setup)
     try:
         with tqdm(total=len(tasks) * config.samples, desc=f"sampling, {source}", disable=None) as bar:
             for begin in range(0, len(tasks), 8):  # tasks that are sampled before they are written down
@@ -144,7 +134,7 @@ def sample_from_model(config, source, tasks, kept):
                 for i, task in enumerate(chunk):
                     kept.add(source, task, texts[i * config.samples : (i + 1) * config.samples])
     finally:
-        if place.vllm:  # there can be one engine at a time
+        if setup.vllm:  # there can be one engine at a time
             sampler.sleep()
             sampler.close()
         del sampler

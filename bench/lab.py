@@ -234,24 +234,28 @@ JUDGES = {"sound": Judge, "unknown": lambda: FaultyJudge(None), "not met": lambd
 
 def train_arm(arm, seed, folder, steps):
     """One run: {start, end, curve}: held-out score before and after, and [step, score] every tenth step."""
-    torch.set_num_threads(1)
-    tokenizer = make_tokenizer()
-    policy = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tasks, held_out = split_tasks(make_tasks(), SETTINGS["held_out"])
     tasks = [noisy(task, arm.rubric, random.Random(address_seed(task.id, "noise"))) for task in tasks]
-    judge = JUDGES[arm.judge]()
+    ruscarl.make_rollouts = mixed_up if arm.scaffold == "mixed up" else ROLLOUTS
+    settings = {**dict(arm.settings), "steps": steps, "seed": seed}
+    rows = train(settings, folder, tasks, held_out, JUDGES[arm.judge](), Run.rows)
+    curve = [[row["step"], row["eval/score"]] for row in rows if "eval/score" in row]
+    return {"start": curve[0][1], "end": curve[-1][1], "curve": curve}
+
+
+def train(settings, folder, tasks, held_out, judge, read):
+    """Train the model in `folder` by ruscarl.train on one core; returns read(run), as the run's own folder is removed."""
+    torch.set_num_threads(1)
+    policy = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as runs, contextlib.redirect_stdout(io.StringIO()):
-        config = Config(**{**SETTINGS, **dict(arm.settings), "steps": steps, "seed": seed, "runs": runs, "name": "lab"})
+        config = Config(**{**SETTINGS, **settings, "runs": runs, "name": "lab"})
         run = Run(config, "lab")
         run.open()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
         sampler = TransformersSampler(policy, [1])
-        ruscarl.make_rollouts = mixed_up if arm.scaffold == "mixed up" else ROLLOUTS
-        ruscarl.train(config, policy, None, tokenizer, optimizer, sampler, judge, tasks, held_out, run)
-        rows = run.rows()
-    judge.close()
-    curve = [[row["step"], row["eval/score"]] for row in rows if "eval/score" in row]
-    return {"start": curve[0][1], "end": curve[-1][1], "curve": curve}
+        ruscarl.train(config, policy, None, make_tokenizer(), optimizer, sampler, judge, tasks, held_out, run)
+        judge.close()
+        return read(run)
 
 
 def key_of(arm, seed, steps):
