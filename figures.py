@@ -1,9 +1,6 @@
 """An evaluation's results as a table on the console and as pictures. `results` is what results.json holds."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 JUDGES = ("judge", "judge2")
 
@@ -17,12 +14,12 @@ def draw(results, folder):
         drawn["novelty.png"] = _novelty(results["novelty"])
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=150)
-        plt.close(figure)
     return list(drawn)
 
 
 def _best_of_n(models):
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     for model in models.values():
         for judge, style in zip(JUDGES, ("o-", "s--")):
             if judge in model:
@@ -40,7 +37,8 @@ def _tags(models):
     """Scores by tag under the first judge, one row a tag; the 30 tags with the most examples."""
     first = models["model"]["judge"]["by_tag"]
     tags = sorted(first, key=lambda tag: (-first[tag]["tasks"], tag))[:30][::-1]
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(tags)), layout="constrained")
+    figure = Figure((8, 1.5 + 0.3 * len(tags)), layout="constrained")
+    axes = figure.subplots()
     for i, model in enumerate(models.values()):
         found = [(row, model["judge"]["by_tag"][tag]) for row, tag in enumerate(tags) if tag in model["judge"]["by_tag"]]
         found = [(row, scores) for row, scores in found if scores["score"] is not None]
@@ -53,7 +51,8 @@ def _tags(models):
 
 
 def _novelty(novelty):
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.stairs(novelty["histogram"]["counts"], novelty["histogram"]["log10_edges"], fill=True, alpha=0.6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel="log10 of rho_seq, the ratio to the base (mean over tokens)", ylabel="responses",

@@ -195,13 +195,11 @@ class Run:
 
     def draw_curves(self):
         """curves.png from metrics.jsonl."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
 
         rows = self.rows()
-        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+        figure = Figure((13, 7), layout="constrained")
+        axes = figure.subplots(2, 3)
         panels = [
             ("score", ["reward/mean", "reward/unscaffolded"]),
             ("share of the rubric shown", ["scaffold/ratio"]),
@@ -228,7 +226,6 @@ class Run:
                 axis.legend(fontsize=8)
         figure.suptitle(self.folder.name)
         figure.savefig(self.folder / "curves.png", dpi=110)
-        pyplot.close(figure)
 
 
 def _tracker(name, folder, config):

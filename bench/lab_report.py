@@ -1,10 +1,7 @@
 """What came out of the lab, as a table beside the paper's figures and as pictures."""
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 READING = "## Reading"  # what stands below this line of a report was written by hand, and stays
 OTHERS = "41.1 to 44.0"
@@ -62,7 +59,8 @@ def table(found):
 def draw_arms(found, path):
     """Every arm's score after training with its interval, one row an arm."""
     rows = [row for experiment, arms in found.items() for row in [(experiment, None), *arms.items()]]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.22 * len(rows)), layout="constrained")
+    figure = Figure((8, 1 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for y, (_, runs) in enumerate(rows):
         if runs is not None:
             mean, half = interval([run["end"] for run in runs])
@@ -75,12 +73,12 @@ def draw_arms(found, path):
              ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
 
 
 def draw_curves(found, path):
     """Held-out score over training of the first experiment's arms; where there is a sweep of the base rate, beside it."""
-    figure, (curves, sweep) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = Figure((11, 4.2), layout="constrained")
+    curves, sweep = figure.subplots(1, 2)
     for (arm, runs), line in zip(next(iter(found.values())).items(), ("o-", "s--", "^:", "v-.", "d-")):
         steps = [step for step, _ in runs[0]["curve"]]
         columns = [interval(column) for column in zip(*([score for _, score in run["curve"]] for run in runs))]
@@ -101,7 +99,6 @@ def draw_curves(found, path):
     for axes in (curves, sweep):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def write(path, lines):

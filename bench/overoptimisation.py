@@ -22,17 +22,13 @@ from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 
-import matplotlib
-
-import lab
-
-matplotlib.use("Agg")
 import numpy
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+import lab
 from judge import Judge, score
 from lab_report import interval, plus_minus, write
 from policy import prompt_ids
@@ -147,7 +143,8 @@ def theory():
 
 def draw_theory(path):
     """Win rate against KL."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.subplots()
     betas = numpy.geomspace(0.005, 20, 200)
     kl = [tail_kl(beta) for beta in betas]
     for label, line, case in (("right order", "-", (0, 0)), ("worst 50% reversed", "--", (0, 0.5)),
@@ -158,12 +155,12 @@ def draw_theory(path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def draw_curves(curves, path):
     """Proxy and gold over training, mean over seeds with intervals. curves: {arm: [seeds][evaluations][3]}."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    figure = Figure((11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for column, (axes, title) in enumerate(zip(panels, ("the rubric trained on", "the gold rubric")), 1):
         for arm, runs in curves.items():
             steps = [point[0] for point in runs[0]]
@@ -174,7 +171,6 @@ def draw_curves(curves, path):
     panels[0].set(ylabel="score (mean, 95% interval)")
     panels[1].legend()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def table(curves, accuracy, proxies):

@@ -16,11 +16,8 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from lab import ROOT
 from lab_report import plus_minus, write
@@ -89,7 +86,8 @@ def report(found, seeds):
 
 def draw(found, path):
     """Score, unscaffolded reward and entropy over training, and Best-of-N after it; a line a run."""
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure = Figure((11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     for (arm, seed), (rows, results) in found.items():
         _, line, marker, colour = ARMS[arm]
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "label": arm if seed == 0 else None}

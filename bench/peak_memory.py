@@ -1,6 +1,6 @@
 """Peak memory of short runs on this machine beside what --plan predicts.
 
-    python bench/memory.py [--output results/memory.md]
+    python bench/peak_memory.py [--output results/memory.md]
 
 Each run is a process of its own; its peak is the largest resident set that the system has seen.
 """
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--output")
     args = parser.parse_args()
     lines = ["# Memory: what --plan predicts, and what runs took", "",
-             f"`python bench/memory.py {' '.join(sys.argv[1:])}`, {date.today()}, {platform.machine()}, no GPU. "
+             f"`python bench/peak_memory.py {' '.join(sys.argv[1:])}`, {date.today()}, {platform.machine()}, no GPU. "
              "SmolLM2-135M on first_aid, the laptop preset with the flags below.", "",
              "| flags | predicted, GB | measured peak, GB | predicted / measured |", "|---|---|---|---|"]
     for case in tqdm(CASES, "runs", disable=None):

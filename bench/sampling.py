@@ -1,6 +1,6 @@
 """Samples a second of VLLMSampler, TransformersSampler and model.generate on the laptop preset.
 
-    python bench/sampler.py [--rounds 5] [--dtype bfloat16] [--output results/vllm-cpu.md]
+    python bench/sampling.py [--rounds 5] [--dtype bfloat16] [--output results/vllm-cpu.md]
 
 The same 32 scaffolded prompts of one training step, 64 new tokens each with stop tokens off, interleaved rounds.
 """
@@ -50,7 +50,7 @@ def main():
             if round > 0:  # the first is for warming up
                 seconds.setdefault(name, []).append(time.monotonic() - start)
     lines = [f"## {args.dtype}", "",
-             f"`python bench/sampler.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
+             f"`python bench/sampling.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
              f"({platform.machine()}), no GPU, SmolLM2-135M. {len(prompts)} prompts of {min(map(len, prompts))} to "
              f"{max(map(len, prompts))} tokens, {args.new_tokens} new tokens each. {args.rounds} interleaved "
              "rounds after one to warm up.", "",
