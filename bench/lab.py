@@ -333,7 +333,8 @@ def main():
     print("\n".join(lines))
     if output:
         lab_report.draw_arms(found, output / "lab.png")
-        lab_report.draw_curves(found, output / "lab-curves.png")
+        if "a. scaffold" in found:
+            lab_report.draw_curves(found, output / "lab-curves.png")
         lab_report.write(output / "lab.md", [*lines, "", "![arms](lab.png)", "", "![curves](lab-curves.png)"])
 
 

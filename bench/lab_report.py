@@ -69,33 +69,32 @@ def draw_arms(found, path):
     axes.set_yticks(range(len(rows)), [name if runs is None else f"   {name}" for name, runs in rows], fontsize=8)
     for label, (_, runs) in zip(axes.get_yticklabels(), rows):
         label.set_fontweight("bold" if runs is None else "normal")
-    axes.set(xlabel="held-out score after training, asked plainly: mean, 95% interval, and every run",
+    axes.set(xlabel="held-out score after training: mean, 95% interval, every run",
              ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
 
 
 def draw_curves(found, path):
-    """Held-out score over training of the first experiment's arms; where there is a sweep of the base rate, beside it."""
+    """Held-out score over training of the arms of experiment a; after training, over the base rate, of i's (and a's)."""
     figure = Figure((11, 4.2), layout="constrained")
     curves, sweep = figure.subplots(1, 2)
-    for (arm, runs), line in zip(next(iter(found.values())).items(), ("o-", "s--", "^:", "v-.", "d-")):
+    for (arm, runs), line in zip(found["a. scaffold"].items(), ("o-", "s--", "^:", "v-.", "d-")):
         steps = [step for step, _ in runs[0]["curve"]]
         columns = [interval(column) for column in zip(*([score for _, score in run["curve"]] for run in runs))]
         curves.errorbar(steps, *zip(*columns), fmt=line, markersize=4, capsize=2, label=arm)
     curves.set(xlabel="step", ylabel="held-out score, asked plainly (95% interval)")
-    curves.legend()
-    rates = {name: arms for name, arms in found.items() if name.startswith("i. base rate")}
+    curves.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    rates = dict(sorted((("0.5%", found["a. scaffold"]), *((name.split()[-1], arms) for name, arms in found.items() if "base rate" in name)),
+                        key=lambda item: float(item[0].rstrip("%"))))
     for place, (label, line) in enumerate((("RuscaRL", "o-"), ("no scaffold", "s--"))):
-        points = [(float(name.split()[-1].rstrip("%")), *interval([run["end"] for run in list(arms.values())[place]]))
-                  for name, arms in rates.items()]
-        if points:
-            sweep.errorbar(*zip(*points), fmt=line, markersize=4, capsize=2, label=label)
+        points = [(float(rate.rstrip("%")), *interval([run["end"] for run in list(arms.values())[place]]))
+                  for rate, arms in rates.items()]
+        sweep.errorbar(*zip(*points), fmt=line, markersize=4, capsize=2, label=label)
     sweep.set(xlabel="rare words among those said unasked, before training (%)", ylabel="held-out score after training",
               xscale="log")
     sweep.xaxis.set_major_formatter("{x:g}")
-    sweep.legend(*sweep.get_legend_handles_labels())
-    sweep.set_visible(bool(rates))
+    sweep.legend()
     for axes in (curves, sweep):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
