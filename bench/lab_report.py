@@ -85,8 +85,8 @@ def draw_curves(found, path):
         curves.errorbar(steps, *zip(*columns), fmt=line, markersize=4, capsize=2, label=arm)
     curves.set(xlabel="step", ylabel="held-out score, asked plainly (95% interval)")
     curves.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    rates = dict(sorted((("0.5%", found["a. scaffold"]), *((name.split()[-1], arms) for name, arms in found.items() if "base rate" in name)),
-                        key=lambda item: float(item[0].rstrip("%"))))
+    rates = {name.split()[-1]: arms for name, arms in found.items() if "base rate" in name} | {"0.5%": found["a. scaffold"]}
+    rates = dict(sorted(rates.items(), key=lambda item: float(item[0].rstrip("%"))))
     for place, (label, line) in enumerate((("RuscaRL", "o-"), ("no scaffold", "s--"))):
         points = [(float(rate.rstrip("%")), *interval([run["end"] for run in list(arms.values())[place]]))
                   for rate, arms in rates.items()]
