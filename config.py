@@ -18,8 +18,9 @@ def setting(default, help, choices=None):
 
 
 # These may change between a run and its continuation; any other change would make it another run.
-MAY_CHANGE = {"resume", "eval_every", "save_every", "judge_url", "judge_extra", "judge_concurrency", "max_unknown",
-              "token_budget", "gradient_checkpointing", "device", "offload", "gpu_gb", "check_sync", "tracker", "runs",
+MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "judge_url", "judge_extra",
+              "judge_concurrency", "max_unknown", "token_budget", "gradient_checkpointing", "device",
+              "offload", "gpu_gb", "check_sync", "tracker", "runs",
               "name"}
 
 
@@ -74,6 +75,8 @@ class Config:
     eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last")
     eval_samples: int = setting(4, "responses to each held-out task")
     save_every: int = setting(8, "checkpoint every so many steps; also after the last")
+    keep_checkpoints: int = setting(2, "checkpoints that are kept, the newest ones")
+    max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite")
     token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     device: str = setting("auto", "where the policy computes", ("auto", "cpu", "cuda"))
@@ -183,7 +186,7 @@ def check(config):
     """Raise ValueError, naming the flag, for a value that makes no sense or does not fit another."""
     for name in ("steps", "group_size", "batch_size", "mini_batch_size", "max_new_tokens", "max_prompt_tokens", "power",
                  "judge_concurrency", "held_out", "eval_every", "eval_samples", "save_every", "token_budget",
-                 "max_grad_norm"):
+                 "max_grad_norm", "keep_checkpoints", "max_skipped"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
     for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "gpu_gb"):

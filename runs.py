@@ -4,11 +4,12 @@
                 tasks.sha256        hash of the tasks, so that a run is not continued on others
                 metrics.jsonl       one row a step; a number that was not measured is absent
                 rollouts/           step_00000.jsonl: every sample with scaffold, verdicts, reward, advantage
-                checkpoints/        step_00010/: model, optimizer and step, for --resume; the newest only
+                checkpoints/        step_00010/: model, optimizer and step, for --resume; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
                 curves.png          the metrics, drawn
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,6 +17,8 @@ import math
 import os
 import pickle
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 
@@ -73,11 +76,24 @@ def claim(folder, settings, kept):
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
 
 
+def first_line(error):
+    """An error's message, or its name where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _write(path, text):
     """Write beside `path` and rename: a kill in between leaves the old file whole."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM asked the run to leave. Not an Exception: nothing that handles errors may swallow it."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
 
 
 class Run:
@@ -92,6 +108,7 @@ class Run:
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         self.config = config
+        self._signal, self._undivided = None, False
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
         if self.folder.exists() and not config.resume:
@@ -110,6 +127,29 @@ class Run:
         _write(self.folder / "tasks.sha256", self.tasks_digest + "\n")
         _write(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         self._tracker = _tracker(self.config.tracker, self.folder, self.config)
+
+    def listen(self):
+        """From now on SIGINT and SIGTERM raise Interrupted, outside of `undivided`; a second one ends the process."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, number, frame):
+        if self._signal is not None:
+            os._exit(128 + number)
+        self._signal = number
+        if not self._undivided:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def undivided(self):
+        """What is done inside belongs together, as weights and the row of their step do: an interrupt waits for its end."""
+        self._undivided = True
+        try:
+            yield
+        finally:
+            self._undivided = False
+        if self._signal is not None:
+            raise Interrupted(self._signal)
 
     def log(self, row):
         """Append a row to metrics.jsonl and send it to the tracker; None and non-finite numbers are left out."""
@@ -145,48 +185,56 @@ class Run:
                     "response": r.text, "finished": r.finished, "tokens": len(r.response_ids), "reward": r.reward,
                     "advantage": r.advantage, "criteria": criteria}, ensure_ascii=False) + "\n")
 
-    def last_checkpoint(self):
-        """Folder of the newest whole checkpoint, or None."""
-        found = sorted((self.folder / "checkpoints").glob("step_*"))
-        return found[-1] if found else None
+    def checkpoints(self):
+        """Folders of the checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step_*"))
 
     def save_checkpoint(self, step, model, optimizer):
         """Everything that the next step depends on: weights, optimizer state, number of steps done.
 
-        Written beside its place and renamed, so that a checkpoint that is there is whole; older ones are removed after.
+        Written beside its place, flushed to the disk and renamed: a kill or a full disk leaves the older ones whole. Raises
+        OSError where it cannot be written.
         """
         import torch
 
         place = self.folder / "checkpoints" / f"step_{step:05d}"
         part = place.with_name("part")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, part / "state.pt")
+        try:
+            part.mkdir(parents=True)
+            with open(part / "state.pt", "wb") as file:
+                torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch raises either for a disk that is full
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"cannot save {place}: {first_line(error)}") from None
         shutil.rmtree(place, ignore_errors=True)
         part.rename(place)
-        for old in place.parent.glob("step_*"):
-            if old != place:
-                shutil.rmtree(old)
+        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
 
     def load_checkpoint(self, model, optimizer):
-        """Restore the newest checkpoint and forget the metrics after it; returns the number of steps done.
+        """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done.
 
-        0, and nothing restored, where the run was stopped before its first checkpoint. Raises ValueError for files that
-        cannot be read.
+        One that cannot be read is told and skipped. 0, and nothing restored, where the run was stopped before its first.
+        Raises ValueError where there are some, but none can be read.
         """
         import torch
 
-        device = next(model.parameters()).device
-        folder = self.last_checkpoint()
-        step = 0
-        if folder is not None:
+        device, step, folders = next(model.parameters()).device, 0, self.checkpoints()
+        for folder in reversed(folders):
             try:
                 state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
                 step = state["step"]
+                break
             except (RuntimeError, KeyError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{folder / 'state.pt'}: unreadable checkpoint: {str(error).splitlines()[0]}") from None
+                reason = f"{folder / 'state.pt'}: unreadable checkpoint: {first_line(error)}"
+                if folder == folders[0]:
+                    raise ValueError(reason) from None
+                print(f"{reason}; the one before it is used", file=sys.stderr)
         rows = [row for row in self.rows() if row["step"] < step]
         if [row["step"] for row in rows] != list(range(step)):
             raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")

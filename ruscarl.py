@@ -39,6 +39,7 @@ from plan import print_plan
 from policy import named_weights, prompt_ids, save_policy
 from prepare import set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
+from runs import Interrupted
 from sampler import SamplingParams, address_seed
 from scaffold import scaffold_ratios
 
@@ -52,6 +53,7 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k,
                             logprobs=unfiltered(config))
     with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None) as bar:
+        skipped = 0  # steps in a row
         for step in range(start, config.steps):
             began = time.monotonic()
             row = {"step": step}
@@ -69,15 +71,18 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
             set_advantages(rollouts, config.group_size)
             probes = [] if unfiltered(config) else sample_probes(config, sampler, [r.plain_ids for r in rollouts])
             sampler.sleep()
-            row |= update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar)
-            sampler.sync(named_weights(policy))
+            with run.undivided():  # an interrupt waits until the new weights have their row
+                row |= update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar)
+                sampler.sync(named_weights(policy))
 
-            row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
-            row["time/step"] = time.monotonic() - stepped
-            row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
-            row["time/total"] = time.monotonic() - began
-            run.log(row)
-            run.save_rollouts(f"step_{step:05d}", rollouts)
+                row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
+                row["time/step"] = time.monotonic() - stepped
+                row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
+                row["time/total"] = time.monotonic() - began
+                run.save_rollouts(f"step_{step:05d}", rollouts)
+                run.log(row)
+            skipped = skipped + 1 if row["skipped_steps"] else 0
+            stop_if_skipped(config, skipped)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 bar.set_description("saving")
                 run.save_checkpoint(step + 1, policy, optimizer)
@@ -104,6 +109,13 @@ def stop_if_unjudged(config, unknown, judge):
         reason = judge.counts()[2]
         raise Stopped(f"{unknown:.0%} of the verdicts could not be had (limit {config.max_unknown:.0%}, --max-unknown)"
                       + (f"; the last error: {reason}" if reason else ""))
+
+
+def stop_if_skipped(config, steps):
+    """Raise Stopped after `steps` in a row whose gradient was not finite: it will not become so by itself."""
+    if steps >= config.max_skipped:
+        raise Stopped(f"the gradient was not finite in {steps} steps in a row (limit --max-skipped); lower --lr, or look at "
+                      "the last rollouts")
 
 
 def set_advantages(rollouts, group_size):
@@ -237,24 +249,32 @@ def main(action, config: Config):
     run = parts["run"]
     print(f"{run.folder}: {config.model} on {config.tasks}, {config.preset} preset, {config.steps - parts['start']} steps")
     try:
-        train(config, **parts)
-    except Stopped as error:
-        run.save_checkpoint(run.steps_done(), parts["policy"], parts["optimizer"])
+        run.listen()
+        try:
+            train(config, **parts)
+        except (Stopped, Interrupted):
+            run.save_checkpoint(run.steps_done(), parts["policy"], parts["optimizer"])
+            raise
+        save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
+        run.draw_curves()
+        report.summary(run, config)
+        return 0
+    except (Stopped, Interrupted, OSError) as error:  # OSError: a disk that is full
         print(f"ruscarl.py: stopped: {error}; continue with --resume --runs {config.runs} --name {config.name}",
-              file=sys.stderr)
-        return 1
+              file=sys.stderr, flush=True)
+        return error.status if isinstance(error, Interrupted) else 1
     finally:
         parts["judge"].close()
-    save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
-    run.draw_curves()
-    report.summary(run, config)
-    return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(ACTION, COMMAND_LINE))
-    except KeyboardInterrupt:
+        STATUS = main(ACTION, COMMAND_LINE)
+        sys.stdout.flush()
+        if STATUS > 2:  # interrupted
+            os._exit(STATUS)  # not sys.exit, which would wait for judge requests still under way
+        sys.exit(STATUS)
+    except KeyboardInterrupt:  # before training began
         print(f"ruscarl.py: interrupted; continue with --resume --runs {COMMAND_LINE.runs} --name {COMMAND_LINE.name}",
               file=sys.stderr, flush=True)
-        os._exit(130)  # not sys.exit, which would wait for judge requests still under way
+        os._exit(130)
