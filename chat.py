@@ -37,8 +37,10 @@ class _Failed(Exception):
 def json_object(text):
     """(the JSON object that the first brace of an answer opens, the text after it). Raises ValueError where there is none.
 
-    An object in which a key stands twice does not say which of the two it means: it is refused, too.
+    What a model thought before a </think> is no answer. An object in which a key stands twice does not say which of the two
+    it means: it is refused, too.
     """
+    text = text.rsplit("</think>", 1)[-1]
     start = text.find("{")
     if start < 0:
         raise ValueError("no JSON object")
@@ -208,6 +210,11 @@ class ChatClient:
             self._in_flight[url] += 1
         return url
 
+    def usage(self):
+        """A copy of the counts, as a dict."""
+        with self._lock:
+            return dict(self.counts)
+
     def _headers(self):
         key = os.environ.get(self.key_variable)
         return {"Authorization": f"Bearer {key}"} if key else {}
@@ -246,6 +253,7 @@ class ChatClient:
             self.counts.update(tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
+        text.encode()  # half a surrogate pair is not text: a ValueError
         if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
             raise ValueError("cut off at the limit of tokens")
         return text

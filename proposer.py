@@ -11,7 +11,9 @@ where no rubric could be had.
 
 import json
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from chat import ChatError, json_object
 from judge import ChatJudge, Judge
@@ -95,6 +97,7 @@ def parse_rubric(text, need_better=False):
         criterion, weight = (entry.get("criterion"), entry.get("weight")) if isinstance(entry, dict) else (None, None)
         if not isinstance(criterion, str) or not criterion.strip():
             raise ValueError("a criterion without text")
+        criterion.encode()  # half a surrogate pair is a ValueError, too
         if isinstance(weight, bool) or weight not in WEIGHTS:
             raise ValueError(f"a weight of {weight!r}")
         rubric.setdefault(normalize(criterion), Criterion(criterion.strip(), int(weight)))
@@ -103,17 +106,17 @@ def parse_rubric(text, need_better=False):
     return tuple(rubric.values()), "AB".index(answer["better"]) if need_better else None
 
 
-def parse_verdicts(text, count):
-    """`count` verdicts from a model's answer: True, False, or None for a number that is missing or not true or false.
+def parse_verdicts(text, verdicts):
+    """Fill the list `verdicts` from a model's answer: True or False by number; what is missing stays as it was.
 
-    Raises ValueError where there is not a single verdict.
+    Raises ValueError, so that the question is asked again, where one is still None.
     """
     answer, _ = json_object(text)
-    verdicts = [answer.get(str(i)) for i in range(1, count + 1)]
-    verdicts = [verdict if isinstance(verdict, bool) else None for verdict in verdicts]
-    if all(verdict is None for verdict in verdicts):
-        raise ValueError("no verdicts")
-    return verdicts
+    for i in range(len(verdicts)):
+        if isinstance(verdict := answer.get(str(i + 1)), bool):
+            verdicts[i] = verdict
+    if None in verdicts:
+        raise ValueError(f"{verdicts.count(None)} of {len(verdicts)} verdicts are missing")
 
 
 class ChatProposer:
@@ -190,24 +193,22 @@ class Verifier:
 
     def verify(self, task, rubric, texts):
         """[texts][criteria]: True, False, or None for a verdict that could not be had. Blocks; safe from many threads."""
-        told = [self.one_by_one or rule_from_tags(c.tags) is not None for c in rubric]
-        asked = [c for c, by_judge in zip(rubric, told) if not by_judge]
-        part = replace(task, rubric=tuple(c for c, by_judge in zip(rubric, told) if by_judge))
+        singly = [self.one_by_one or rule_from_tags(c.tags) is not None for c in rubric]
+        together = [c for c, alone in zip(rubric, singly) if not alone]
+        part = replace(task, rubric=tuple(c for c, alone in zip(rubric, singly) if alone))
         judged = [self.judge.submit(part, text) for text in texts]
-        answers = [self.client.submit(verify_messages(task.messages, asked, text), schema=verdicts_schema(len(asked)),
-                                      parse=lambda answer: parse_verdicts(answer, len(asked))) if asked else None
-                   for text in texts]
+        answers = [[None] * len(together) for _ in texts]  # filled by the calls
+        calls = [self.client.submit(verify_messages(task.messages, together, text), schema=verdicts_schema(len(together)),
+                                    parse=partial(parse_verdicts, verdicts=answer))
+                 for text, answer in zip(texts, answers) if together]
+        for call in calls:
+            with suppress(ChatError):  # what did not come stays None
+                call.result()
         found = []
         for futures, answer in zip(judged, answers):
-            one, all_at_once = (future.result() for future in futures), iter(self._settled(answer, len(asked)))
-            found.append([next(one) if by_judge else next(all_at_once) for by_judge in told])
+            one, all_at_once = (future.result() for future in futures), iter(answer)
+            found.append([next(one) if alone else next(all_at_once) for alone in singly])
         return found
-
-    def _settled(self, answer, count):
-        try:
-            return answer.result() if answer else []
-        except ChatError:
-            return [None] * count
 
 
 def verdicts_schema(count):

@@ -24,7 +24,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import hashlib
 import json
 import random
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import combinations
 
@@ -32,15 +31,16 @@ from tqdm import tqdm
 
 from chat import ChatClient, ChatError
 from judge import score
-from prepare import first_unruled, say
+from prepare import first_unruled
+from progress import Progress, report, unfinished
 from proposer import ChatProposer, RuleProposer, Verifier, rule_library
-from refine_config import MAY_CHANGE, SHARED, Refinement, price
-from responses import Responses, gather, read_responses
-from runs import claim, whole_lines
+from refine_config import MAY_CHANGE, SHARED, Refinement, extra
+from responses import Responses, gather, open_sources, read_responses
+from runs import claim, write_whole
 from sampler import address_seed
 from tail import tail_kl as tail_kl
 from tail import tail_win_rate as tail_win_rate
-from tasks import load_tasks, read_jsonl
+from tasks import load_tasks
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
 
@@ -69,26 +69,31 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
     """Write a rubric for `task` and refine it on the responses `texts`.
 
     rng: random.Random, for ties and for which of two responses is called A. start: rubric to begin with (default: the
-    proposer's). Returns (rubric, log): begun_with, rounds (a dict each: pair, scores, tied, kept, why), stopped, unknown
-    verdicts. Raises ChatError where not even a first rubric could be had.
+    proposer's). Returns (rubric, log): begun_with, rounds (a dict each: pair, scores, tied, kept, why), stopped, verdicts,
+    unknown (how many of them), failure (why the proposer could not be asked, or None). Raises ChatError where not even a
+    first rubric could be had.
 
     Stops where the two best of the responses not used yet are told apart already (unless `always`), after PATIENCE
-    refinements in a row that were not kept, or when fewer than two responses with a score are left.
+    refinements in a row that were not kept, when fewer than two responses with a score are left, or when the proposer fails.
     """
     pool, unused, log = Pool(task, texts, verifier), set(range(len(texts))), []
     begun_with = rubric = tuple(start or proposer.propose(task))
-    stopped = f"{rounds} rounds"
+    stopped, failure = f"{rounds} rounds", None
     for _ in range(rounds):
         scores = pool.scores(rubric)
         pair, tied = best_two(scores, unused, rng)
         if pair is None:
-            stopped = "fewer than two responses with a score are left"
+            stopped = "all responses are used, or have no score"
             break
         if scores[pair[0]] != scores[pair[1]] and not always:
             stopped = "the best are told apart"
             break
         rng.shuffle(pair)
-        better_rubric, why = refinement(pool, rubric, pair, proposer, max_reversed)
+        try:
+            better_rubric, why = refinement(pool, rubric, pair, proposer, max_reversed)
+        except ChatError as error:  # the rubric stays
+            stopped, failure = "the proposer failed", str(error)
+            break
         log.append({"pair": pair, "scores": [scores[i] for i in pair], "tied": tied, "kept": why is None, "why": why})
         rubric = better_rubric if why is None else rubric
         unused -= set(pair)
@@ -97,7 +102,7 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
             break
     unknown = sum(verdict is None for verdicts in pool.known.values() for verdict in verdicts)
     return rubric, {"begun_with": begun_with, "rounds": log, "stopped": stopped, "unknown": unknown,
-                    "verdicts": sum(map(len, pool.known.values()))}
+                    "verdicts": sum(map(len, pool.known.values())), "failure": failure}
 
 
 def best_two(scores, unused, rng):
@@ -113,12 +118,9 @@ def best_two(scores, unused, rng):
 
 
 def refinement(pool, rubric, pair, proposer, max_reversed):
-    """(the proposer's new rubric, None), or (anything, why it is not kept)."""
+    """(the proposer's new rubric, None), or (that rubric, why it is not kept). Raises ChatError where none came."""
     texts, verdicts = [pool.texts[i] for i in pair], pool.verdicts(rubric)
-    try:
-        new, better = proposer.refine(pool.task, rubric, texts, [verdicts[i] for i in pair])
-    except ChatError as error:
-        return None, f"no rubric came: {error}"
+    new, better = proposer.refine(pool.task, rubric, texts, [verdicts[i] for i in pair])
     if set(new) == set(rubric):
         return new, "nothing new"
     before, after = pool.scores(rubric), pool.scores(new)
@@ -146,7 +148,8 @@ def reversed_share(before, after):
 def connect(config, name):
     """A checked client of the proposer or verifier. Raises ValueError for a server that cannot be used."""
     client = ChatClient(getattr(config, f"{name}_url").split(","), getattr(config, f"{name}_model"), max_tokens=4096,
-                        key_variable=f"{name.upper()}_API_KEY", concurrency=config.judge_concurrency)
+                        key_variable=f"{name.upper()}_API_KEY", concurrency=config.judge_concurrency,
+                        extra=extra(config, name))
     try:
         client.check()
     except (ConnectionError, ValueError) as error:
@@ -157,125 +160,71 @@ def connect(config, name):
 def refine(config):
     """Refine every prompt that --output does not have yet, write tasks.jsonl.
 
-    Returns (records of those that are done, {prompt id: why} of those that failed, {server: counts}).
-
+    Returns (records of those that have a rubric, {prompt id: why} of those that are not done, {server: counts}).
     Raises ValueError or OSError for a mistake of the user's, in one line.
     """
-    tasks = load_tasks(config.tasks, config.limit or None, need_rubrics=config.start == "own" or config.proposer == "rules")
-    given = read_responses(Path(config.responses), tasks) if config.responses else None
-    for task in tasks if given is not None else []:
-        if len(given.get(task.id, [])) < 2:
-            raise ValueError(f"{config.responses}: prompt_id {task.id} has fewer than two responses")
-    ruled = config.proposer == "rules"
-    if ruled and not config.verifier_url and config.start == "own" and (task := first_unruled(tasks)):
+    everything = load_tasks(config.tasks, need_rubrics=config.start == "own" or config.proposer == "rules")
+    tasks = everything[: config.limit or None]
+    given = read_responses(Path(config.responses), everything, tasks) if config.responses else None
+    if config.proposer == "rules" and config.start == "own" and not config.verifier_url and (task := first_unruled(tasks)):
         raise ValueError(f"task {task.id} has a criterion without a rule: give --verifier-url")
     clients = {name: connect(config, name) for name in ("proposer", "verifier") if getattr(config, f"{name}_url")}
-    names = [name for name in (*SHARED, *Refinement.__annotations__) if name not in MAY_CHANGE]
+    sources = open_sources(config, tasks) if given is None else {}
+    settings = {name: getattr(config, name) for name in (*SHARED, *Refinement.__annotations__) if name not in MAY_CHANGE}
+    settings |= {f"{name}_model": client.model for name, client in clients.items()}
     output = Path(config.output)
-    claim(output, {**{name: getattr(config, name) for name in names},
-                   **{f"{name}_model": client.model for name, client in clients.items()},
-                   "hash of the prompts": hashlib.sha256(repr((tasks, given)).encode()).hexdigest()}, "progress.jsonl")
-    progress = Progress(output)
-    proposer = RuleProposer(rule_library(tasks)) if ruled else ChatProposer(clients["proposer"])
-    verifier = Verifier(clients.get("verifier") or clients.get("proposer"), config.one_by_one)
-    missing, failed = [task for task in tasks if task.id not in progress.records], {}
-    if missing and given is None:
-        kept = Responses(output)
-        clients |= gather(config, missing, kept)
-        given = {task.id: kept.of(task) for task in missing}
-        failed = {task.id: "fewer than two different responses came" for task in missing if len(given[task.id]) < 2}
+    claim(output, {**settings, "hash of the prompts": hashlib.sha256(repr((everything, given)).encode()).hexdigest()},
+          "progress.jsonl")
+    progress = Progress(output, clients | {name: one for name, one in sources.items() if isinstance(one, ChatClient)})
+    missing = [task for task in tasks if not progress.done(task)]
+    try:
+        if given is None:
+            kept = Responses(output)
+            gather(config, missing, sources, kept)
+            given = {task.id: kept.of(task) for task in missing}
+        work = [(task, given[task.id]) for task in missing]
+        failed = refine_all(config, work, clients, rule_library(everything), progress)
+    finally:
+        progress.close()
+    records = [progress.records[task.id] for task in tasks if task.id in progress.records]
+    failed |= {record["prompt_id"]: why for record in records if (why := unfinished(record))}
+    by_id = {task.id: task for task in tasks}
+    lines = [{"prompt_id": record["prompt_id"], "prompt": by_id[record["prompt_id"]].messages, "rubrics": record["rubric"],
+              "example_tags": list(by_id[record["prompt_id"]].tags)} for record in records]
+    write_whole(output / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return records, failed, progress.usage()
 
-    def work(task):
+
+def refine_all(config, work, clients, library, progress):
+    """refine_task for each (task, texts) of `work`, many at a time, each written down as it is done.
+
+    Returns {prompt id: why} of those that have no rubric.
+    """
+    proposer = RuleProposer(library) if config.proposer == "rules" else ChatProposer(clients["proposer"])
+    verifier = Verifier(clients.get("verifier") or clients.get("proposer"), config.one_by_one)
+    failed = {task.id: "fewer than two different responses came" for task, texts in work if len(texts) < 2}
+
+    def one(task, texts):
         rng = random.Random(address_seed(config.seed, "refine", task.id))
-        return refine_task(task, given[task.id], proposer, verifier, rng, rounds=config.rounds, always=config.always,
+        return refine_task(task, texts, proposer, verifier, rng, rounds=config.rounds, always=config.always,
                            max_reversed=config.max_reversed, start=task.rubric if config.start == "own" else None)
 
     threads = ThreadPoolExecutor(config.judge_concurrency)
     try:
-        futures = {threads.submit(work, task): task for task in missing if task.id not in failed}
+        futures = {threads.submit(one, task, texts): task for task, texts in work if task.id not in failed}
         for future in tqdm(as_completed(futures), "refining", len(futures), disable=None):
             task = futures[future]
             try:
-                progress.add(task, *future.result(), clients)
+                progress.add(task, *future.result())
             except ChatError as error:
                 failed[task.id] = str(error)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for client in clients.values():
-            client.close()
-    done = [task for task in tasks if task.id in progress.records]
-    records = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": progress.records[task.id]["rubric"],
-                "example_tags": list(task.tags)} for task in done]
-    (output / "tasks.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-                                        encoding="utf-8")
-    return [progress.records[task.id] for task in done], failed, progress.usage
-
-
-class Progress:
-    """progress.jsonl in `folder`, a line a prompt that is done, and usage.json, what the servers were asked so far.
-
-    records: {prompt_id: {prompt_id, rubric, begun_with, rounds, stopped, unknown, verdicts}}; usage: {server: counts}.
-    A last line that a kill has torn is removed. Raises ValueError for another that cannot be read.
-    """
-
-    def __init__(self, folder):
-        self.path, self.usage_path, self.records, self.usage = folder / "progress.jsonl", folder / "usage.json", {}, {}
-        whole_lines(self.path)
-        for place, record in read_jsonl(self.path) if self.path.exists() else ():
-            if not isinstance(record, dict) or not {"prompt_id", "rubric", "rounds"} <= set(record):
-                raise ValueError(f"{place}: not a refined prompt")
-            self.records[record["prompt_id"]] = record
-        if self.usage_path.exists():
-            try:
-                self.usage = json.loads(self.usage_path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{self.usage_path}: unreadable JSON: {error}") from None
-        self.before = {name: Counter(counts) for name, counts in self.usage.items()}
-
-    def add(self, task, rubric, log, clients):
-        """Write a prompt down."""
-        log = {**log, "begun_with": as_records(log["begun_with"])}
-        self.records[task.id] = record = {"prompt_id": task.id, "rubric": as_records(rubric), **log}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.usage |= {name: dict(self.before.get(name, Counter()) + client.counts) for name, client in clients.items()}
-        self.usage_path.write_text(json.dumps(self.usage, indent=1) + "\n", encoding="utf-8")
-
-
-def as_records(rubric):
-    """A rubric in the format of task files."""
-    return [{"criterion": c.text, "points": c.points, "tags": list(c.tags)} for c in rubric]
-
-
-def report(config, done, failed, usage):
-    """Print what came out and what it cost."""
-    rounds = [entry for record in done for entry in record["rounds"]]
-    if done:
-        first, last = (sum(len(record[key]) for record in done) / len(done) for key in ("begun_with", "rubric"))
-        print(f"{len(done)} rubrics: {first:.1f} criteria at first, {last:.1f} now")
-    print(f"{len(rounds)} refinements, {sum(entry['kept'] for entry in rounds)} kept")
-    for why, count in Counter(entry["why"] for entry in rounds if not entry["kept"]).most_common():
-        print(f"  {count} not: {why}")
-    print(f"{sum(entry['tied'] > 0 for entry in rounds)} of the pairs were drawn among equals")
-    for stopped, count in Counter(record["stopped"] for record in done).most_common():
-        print(f"  {count} stopped: {stopped}")
-    unknown, verdicts = (sum(record[key] for record in done) for key in ("unknown", "verdicts"))
-    print(f"{unknown} of {verdicts} verdicts unknown")
-    for name, counts in usage.items():
-        counts = Counter(counts)
-        tokens = [counts["prompt_tokens"], counts["completion_tokens"]]
-        rates = price(config, name) if name in ("proposer", "verifier") else None
-        cost = f", ${sum(n * rate for n, rate in zip(tokens, rates)):.2f}" if rates else ""
-        print(f"{name}: {counts['calls']} calls ({counts['tries'] - counts['calls']} repeated tries, {counts['failures']} "
-              f"failed), {tokens[0]:,} + {tokens[1]:,} tokens{cost}")
-    if failed:
-        say(f"{len(failed)} prompts have no rubric; the same command asks again. The last error: "
-            f"{list(failed.values())[-1]}")
-    print(f"{config.output}/: tasks.jsonl for ruscarl.py --tasks, progress.jsonl with every decision")
+    return failed
 
 
 def main(config):
-    """Refine and report. Returns the exit status: 2 for a mistake of the user's, 1 where a prompt has no rubric."""
+    """Refine and report. Returns the exit status: 2 for a mistake of the user's, 1 where a prompt is not done."""
     try:
         done, failed, usage = refine(config)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Every setting of refine.py and its command line."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from config import Config, Parser, add_flags, check, flag, setting
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "judge_concurrency",
           "device", "dtype")
-MAY_CHANGE = {"sampler", "judge_concurrency", "device", "dtype", "proposer_url", "verifier_url", "proposer_price",
-              "verifier_price", "output"}
+MAY_CHANGE = {"limit", "sampler", "judge_concurrency", "device", "dtype", "proposer_url", "verifier_url", "proposer_price",
+              "verifier_price", "proposer_extra", "verifier_extra", "output"}
 
 
 @dataclass
@@ -19,17 +20,24 @@ class Refinement(Config):
     limit: int = setting(0, "only the first so many prompts; 0: all")
     responses: str = setting("", 'file with the responses, lines of {"prompt_id": ..., "responses": [texts]}; nothing is '
                              "sampled then")
-    sample_from: str = setting("smollm2", "what samples responses, comma-separated: models as ruscarl.py --model takes "
-                               "them, runs, or servers as URL or MODEL@URL with their key in $RESPONDER_API_KEY")
+    sample_from: str = setting("", "what samples responses, comma-separated: models as ruscarl.py --model takes "
+                               "them, runs, or servers as URL or MODEL@URL with their key in $RESPONDER_API_KEY "
+                             "(default: smollm2)")
+    max_new_tokens: int = setting(512, "longest response, in tokens")
+    max_prompt_tokens: int = setting(2048, "longest question, in tokens, that a model on this machine is asked; a longer "
+                                     "one is an error")
+    temperature: float = setting(1.0, "sampling temperature")
     samples: int = setting(16, "responses to each prompt from each of them")
     proposer: str = setting("chat", "who writes the rubrics: a language model, or rules picked from the rubrics that the "
                             "prompts have (for experiments)", ("chat", "rules"))
     proposer_url: str = setting("", "base URLs of its servers, comma-separated; the key is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model to ask there (default: the only one served)")
     proposer_price: str = setting("", "dollars per million tokens, prompt and completion, e.g. 2,8: the cost is shown")
+    proposer_extra: str = setting("", "JSON object added to each request to it, such as a switch for thinking")
     verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
     verifier_model: str = setting("", "model to ask there (default: the only one served)")
     verifier_price: str = setting("", "as --proposer-price")
+    verifier_extra: str = setting("", "as --proposer-extra")
     one_by_one: bool = setting(False, "a call for each criterion instead of one for all criteria of a response")
     start: str = setting("prompt", "rubric to begin with: written from the prompt alone, or the prompt's own",
                          ("prompt", "own"))
@@ -47,8 +55,11 @@ def parse_command_line(argv=None):
     add_flags(parser, Refinement, (*SHARED, *Refinement.__annotations__))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        config = Refinement(**{"max_new_tokens": 512, "temperature": 1.0, **given})
+        config = Refinement(**given)
         config.output = config.output or f"refined/{Path(config.tasks).stem}"
+        if config.responses and config.sample_from:
+            raise ValueError("--responses and --sample-from: give one of them")
+        config.sample_from = config.sample_from or ("" if config.responses else "smollm2")
         check_refinement(config)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -67,14 +78,31 @@ def check_refinement(config):
         raise ValueError(f"--max-reversed must be between 0 and 1, got {config.max_reversed}")
     if config.proposer == "chat" and not config.proposer_url:
         raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
+    if config.proposer == "rules" and config.proposer_url:
+        raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
+    sources = config.sample_from.split(",")
+    if config.sample_from and (not all(sources) or len(set(sources)) < len(sources)):
+        raise ValueError(f"--sample-from: an empty or repeated source in {config.sample_from!r}")
     for name in ("proposer", "verifier"):
         price(config, name)
+        extra(config, name)
         url = getattr(config, f"{name}_url")
-        if (getattr(config, f"{name}_model") or getattr(config, f"{name}_price")) and not url:
-            raise ValueError(f"--{name}-model and --{name}-price need --{name}-url")
+        if not url and any(getattr(config, f"{name}_{part}") for part in ("model", "price", "extra")):
+            raise ValueError(f"--{name}-model, --{name}-price and --{name}-extra need --{name}-url")
         for part in url.split(",") if url else []:
             if not part.startswith(("http://", "https://")):
                 raise ValueError(f"--{name}-url: {part!r} does not begin with http:// or https://")
+
+
+def extra(config, name):
+    """--proposer-extra or --verifier-extra as a dict."""
+    try:
+        found = json.loads(getattr(config, f"{name}_extra") or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{name}-extra is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--{name}-extra must be a JSON object")
+    return found
 
 
 def price(config, name):

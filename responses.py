@@ -5,50 +5,67 @@ A line of the file is {"prompt_id": ..., "responses": [texts]}; where an id stan
 
 import gc
 import json
+from collections import defaultdict
 from concurrent.futures import as_completed
 
 from tqdm import tqdm
 
 from answers import Setup, make_sampler
 from chat import ChatClient, ChatError
-from policy import load_policy, policy_folder, prompt_ids
+from policy import load_config, load_policy, policy_folder, prompt_ids
 from prepare import check_context, choose_device, choose_sampler, computing_dtype, say
 from runs import whole_lines
 from sampler import SamplingParams, address_seed
 from tasks import read_jsonl
 
 
-def read_responses(path, tasks):
-    """{task id: texts} of a file. Raises ValueError, with line and field, for a defect or an id that no task has."""
-    found = {}
+def read_responses(path, everything, tasks):
+    """{task id: texts} of a file, equal ones once. Raises ValueError, with line and field, for a defect, an id that none of
+    `everything` has, or one of `tasks` with fewer than two different responses."""
+    known, found = {task.id for task in everything}, defaultdict(list)
     for place, record in read_jsonl(path):
-        if not isinstance(record, dict) or record.get("prompt_id") not in [task.id for task in tasks]:
+        identity = record.get("prompt_id") if isinstance(record, dict) else None
+        if not isinstance(identity, str) or identity not in known:
             raise ValueError(f"{place}: prompt_id: missing, or none of the prompts has it")
-        texts = record.get("responses")
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not are_texts(record.get("responses")):
             raise ValueError(f"{place}: responses: must be a list of non-empty strings")
-        found.setdefault(record["prompt_id"], []).extend(texts)
+        found[identity].extend(record["responses"])
+    found = {identity: list(dict.fromkeys(texts)) for identity, texts in found.items()}
+    for task in tasks:
+        if len(found.get(task.id, [])) < 2:
+            raise ValueError(f"{path}: prompt_id {task.id} has fewer than two different responses")
     return found
 
 
+def are_texts(value):
+    """Whether it is a list of strings that are not empty and that can be written down."""
+    try:
+        return isinstance(value, list) and all(isinstance(text, str) and text.encode() and text.strip() for text in value)
+    except UnicodeEncodeError:
+        return False
+
+
 class Responses:
-    """responses.jsonl in `folder`: what each source answered to each task, a line a task and source.
+    """responses.jsonl in `folder`: texts: {(source, task id): what it answered so far}.
 
     A last line that a kill has torn is removed. Raises ValueError for another that cannot be read.
     """
 
     def __init__(self, folder):
-        self.path, self.texts = folder / "responses.jsonl", {}  # {(source, task id): texts}
+        self.path, self.texts = folder / "responses.jsonl", defaultdict(list)
         whole_lines(self.path)
         for place, record in read_jsonl(self.path) if self.path.exists() else ():
             try:
-                self.texts[record["source"], record["prompt_id"]] = record["responses"]
+                source, identity, texts = record["source"], record["prompt_id"], record["responses"]
             except (KeyError, TypeError):
-                raise ValueError(f"{place}: not a line of responses") from None
+                source = None
+            if not isinstance(source, str) or not isinstance(identity, str) or not isinstance(texts, list):
+                raise ValueError(f"{place}: not a line of responses")
+            self.texts[source, identity] += texts
 
     def add(self, source, task, texts):
-        """Keep the texts of one source."""
-        self.texts[source, task.id] = texts
+        """Keep texts of one source."""
+        self.texts[source, task.id] += texts
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"source": source, "prompt_id": task.id, "responses": texts}, ensure_ascii=False) + "\n")
 
@@ -58,29 +75,42 @@ class Responses:
         return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def gather(config, tasks, kept):
-    """Sample config.samples responses to each task from each source of config.sample_from that `kept` does not have yet.
+def open_sources(config, tasks):
+    """{source: its client, or the tokenizer of a model on this machine}, checked before anything is sampled.
 
-    A source is what policy.load_policy takes, a run's folder, or a server: its base URL, or MODEL@URL. Returns the clients
-    of the servers, whose counts tell what it cost. Raises ValueError, ConnectionError for a source that cannot be used.
+    A source of config.sample_from is what policy.load_policy takes, a run's folder, or a server: its base URL, or MODEL@URL.
+    Raises ValueError or OSError for one that cannot be used, or a question that is too long for it.
     """
-    clients = {}
+    sources = {}
     for source in config.sample_from.split(","):
-        missing = [task for task in tasks if (source, task.id) not in kept.texts]
-        if not missing:
-            continue
         model, _, url = source.rpartition("@")
         if url.startswith(("http://", "https://")):
-            clients[source] = client = responder(config, url, model)
-            sample_from_server(config, client, source, missing, kept)
-        else:
-            sample_from_model(config, source, missing, kept)
-    return clients
+            sources[source] = responder(config, url, model)
+            continue
+        model_config, tokenizer = load_config(policy_folder(source))
+        check_context(config, model_config)
+        for task in tasks:
+            if (length := len(prompt_ids(tokenizer, task.messages))) > config.max_prompt_tokens:
+                raise ValueError(f"task {task.id}: its question has {length} tokens, --max-prompt-tokens is "
+                                 f"{config.max_prompt_tokens}")
+        sources[source] = tokenizer
+    return sources
+
+
+def gather(config, tasks, sources, kept):
+    """Sample what `kept` lacks of config.samples responses to each task from each of `sources` (see open_sources)."""
+    for source, opened in sources.items():
+        missing = {task.id: config.samples - len(kept.texts[source, task.id]) for task in tasks}
+        wanted = [task for task in tasks if missing[task.id] > 0]
+        if wanted and isinstance(opened, ChatClient):
+            sample_from_server(opened, source, wanted, missing, kept)
+        elif wanted:
+            sample_from_model(config, source, opened, wanted, kept)
 
 
 def responder(config, url, model):
     """A checked client that samples as `config` says."""
-    extra = {"temperature": config.temperature, "top_p": config.top_p}
+    extra = {"temperature": config.temperature, "top_p": config.top_p, **({"top_k": config.top_k} if config.top_k else {})}
     client = ChatClient([url], model, key_variable="RESPONDER_API_KEY", concurrency=config.judge_concurrency,
                         max_tokens=config.max_new_tokens, extra=extra, cut_off_is_an_answer=True)
     try:
@@ -90,10 +120,10 @@ def responder(config, url, model):
     return client
 
 
-def sample_from_server(config, client, source, tasks, kept):
-    """`gather` from one server. A request that fails for good is told; the task goes on with fewer responses."""
-    futures = {client.submit(task.messages): task for task in tasks for _ in range(config.samples)}
-    texts, left, failures = {task.id: [] for task in tasks}, {task.id: config.samples for task in tasks}, 0
+def sample_from_server(client, source, tasks, missing, kept):
+    """`gather` from one server. A request that fails for good is told, and made again on the next start."""
+    futures = {client.submit(task.messages): task for task in tasks for _ in range(missing[task.id])}
+    texts, left, failures = {task.id: [] for task in tasks}, dict(missing), 0
     for future in tqdm(as_completed(futures), f"sampling, {source}", len(futures), disable=None):
         task = futures[future]
         try:
@@ -107,32 +137,25 @@ def sample_from_server(config, client, source, tasks, kept):
         say(f"{failures} of {len(futures)} requests for responses failed; the last error: {client.last_error}")
 
 
-def sample_from_model(config, source, tasks, kept):
+def sample_from_model(config, source, tokenizer, tasks, kept):
     """`gather` from a model on this machine. A response's seed is its address (seed, "refine", source, task, sample)."""
     device = choose_device(config)
     setup = Setup(device, computing_dtype(config, device), choose_sampler(config, device)[0], client=None, second=None)
-    policy, tokenizer = load_policy(policy_folder(source))
-    check_context(config, policy.config)
-    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-    prompts = [prompt_ids(tokenizer, task.messages) for task in tasks]
-    for task, ids in zip(tasks, prompts):
-        if len(ids) > config.max_prompt_tokens:
-            raise ValueError(f"task {task.id}: its question has {len(ids)} tokens, --max-prompt-tokens is "
-                             f"{config.max_prompt_tokens}")
+    policy, _ = load_policy(policy_folder(source))
     sampler = make_sampler(config, policy, tokenizer, None, setup)
+    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     try:
         with tqdm(total=len(tasks) * config.samples, desc=f"sampling, {source}", disable=None) as bar:
             for begin in range(0, len(tasks), 8):  # tasks that are sampled before they are written down
-                chunk = tasks[begin : begin + 8]
-                ids = [prompts[begin + i] for i in range(len(chunk)) for _ in range(config.samples)]
-                seeds = [address_seed(config.seed, "refine", source, task.id, sample)
-                         for task in chunk for sample in range(config.samples)]
-                texts = [""] * len(ids)
-                for response in sampler.sample(ids, seeds, params):
+                chunk = [(task, sample) for task in tasks[begin : begin + 8] for sample in range(config.samples)]
+                prompts = [prompt_ids(tokenizer, task.messages) for task, _ in chunk]
+                seeds = [address_seed(config.seed, "refine", source, task.id, sample) for task, sample in chunk]
+                texts = [""] * len(chunk)
+                for response in sampler.sample(prompts, seeds, params):
                     texts[response.index] = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
                     bar.update()
-                for i, task in enumerate(chunk):
-                    kept.add(source, task, texts[i * config.samples : (i + 1) * config.samples])
+                for i in range(0, len(chunk), config.samples):
+                    kept.add(source, chunk[i][0], texts[i : i + config.samples])
     finally:
         if setup.vllm:  # there can be one engine at a time
             sampler.sleep()

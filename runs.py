@@ -44,6 +44,13 @@ def saved_config(runs, name):
     return name, saved
 
 
+def write_whole(path, text):
+    """Write beside `path` and rename: a kill in between leaves the old file whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def whole_lines(path):
     """Remove a last line of `path` that a kill has torn, or the next one would be glued to it."""
     content = path.read_bytes() if path.exists() else b"\n"
@@ -71,7 +78,7 @@ def claim(folder, settings, kept):
                              f"{value!r} now; give another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**saved, **settings}, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps({**saved, **settings}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
 
@@ -79,13 +86,6 @@ def claim(folder, settings, kept):
 def first_line(error):
     """An error's message, or its name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _write(path, text):
-    """Write beside `path` and rename: a kill in between leaves the old file whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 class Interrupted(BaseException):
@@ -124,8 +124,8 @@ class Run:
     def open(self):
         """Make the folder and connect the tracker."""
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "tasks.sha256", self.tasks_digest + "\n")
-        _write(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+        write_whole(self.folder / "tasks.sha256", self.tasks_digest + "\n")
+        write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         self._tracker = _tracker(self.config.tracker, self.folder, self.config)
 
     def listen(self):
@@ -238,7 +238,7 @@ class Run:
         rows = [row for row in self.rows() if row["step"] < step]
         if [row["step"] for row in rows] != list(range(step)):
             raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
-        _write(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return step
 
     def draw_curves(self):

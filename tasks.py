@@ -168,7 +168,7 @@ def _parse_task(record, place, need_rubrics):
         raise ValueError(f"{place}: a record must be a JSON object")
     messages = _parse_messages(record.get("prompt"), place)
     rubrics = record.get("rubrics")
-    if rubrics is None and not need_rubrics:
+    if rubrics in (None, []) and not need_rubrics:
         rubrics = []
     elif not isinstance(rubrics, list) or not rubrics:
         raise ValueError(f"{place}: rubrics: missing or empty")
@@ -180,6 +180,8 @@ def _parse_task(record, place, need_rubrics):
         identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True, default=str).encode()).hexdigest()[:16]
     elif not isinstance(identity, str) or not identity:
         raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {shown(identity)}")
+    else:
+        _check_text(identity, f"{place}: prompt_id")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
 
@@ -218,6 +220,10 @@ def _parse_criterion(record, field):
 def _check_text(text, field):
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{field}: must be a non-empty string")
+    _check_unicode(text, field)
+
+
+def _check_unicode(text, field):
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -229,4 +235,6 @@ def _parse_tags(tags, field):
         return ()
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise ValueError(f"{field}: must be a list of strings")
+    for tag in tags:
+        _check_unicode(tag, field)
     return tuple(tags)

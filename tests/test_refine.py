@@ -64,7 +64,7 @@ def test_a_refinement_that_separates_is_kept_and_the_next_two_are_taken():
     proposer = Script((has("a"),), ([has("a"), has("b")], "ab"), ([has("a"), has("b"), has("x")], "x"))
     rubric, log = run(["ab", "a", "x", "y"], proposer)
     assert [c.text for c in rubric] == ["a", "b", "x"] and [entry["kept"] for entry in log["rounds"]] == [True, True]
-    assert log["stopped"] == "fewer than two responses with a score are left"
+    assert log["stopped"] == "all responses are used, or have no score" and log["failure"] is None
     first = log["rounds"][0]
     assert sorted(first["pair"]) == [0, 1] and first["scores"] == [1, 1] and first["tied"] == 0 and first["why"] is None
     texts, verdicts = proposer.pairs[0]
@@ -74,7 +74,7 @@ def test_a_refinement_that_separates_is_kept_and_the_next_two_are_taken():
 
 
 @pytest.mark.parametrize("answer, why", [
-    (ChatError("gone"), "no rubric came: gone"), (([has("a")], None), "nothing new"),
+    (([has("a")], None), "nothing new"),
     (([has("a"), has("z")], "ab"), "does not separate the pair"), (([has("a"), has("b")], "a"), "prefers the other one"),
     (([has("x", 2), has("b")], "ab"), "reverses 100% of the order"),  # it puts the two without an a first
 ])
@@ -103,10 +103,12 @@ def test_when_it_stops():
     proposer = Script((has("a"),), ([has("a"), has("x")], None), ([has("a"), has("y")], None))
     log = run(["a", "x"], proposer, always=True, rounds=1)[1]  # told apart, and refined all the same
     assert [entry["kept"] for entry in log["rounds"]] == [False]
-    dead = [ChatError("gone")] * 3
-    rubric, log = run(list("abcdefgh"), Script((has("z"),), *dead))
+    idle = [([has("z")], None)] * 3
+    rubric, log = run(list("abcdefgh"), Script((has("z"),), *idle))
     assert log["stopped"] == "nothing improves" and len(log["rounds"]) == 2 and rubric == (has("z"),)
-    assert run(["a", "?"], Script((has("a"),)))[1]["stopped"] == "fewer than two responses with a score are left"
+    rubric, log = run(list("abcdefgh"), Script((has("z"),), ChatError("gone")))  # the rubric stays, the failure is told
+    assert log["stopped"] == "the proposer failed" and log["failure"] == "gone" and rubric == (has("z"),)
+    assert run(["a", "?"], Script((has("a"),)))[1]["stopped"] == "all responses are used, or have no score"
     assert run(["a", "a"], Script((has("a"),)), rounds=0)[1]["stopped"] == "0 rounds"
     own = run(["ab", "a"], Script(None, ([has("b"), has("a")], "ab")), start=(has("a"),))
     assert own[0] == (has("b"), has("a")) and own[1]["begun_with"] == (has("a"),)
@@ -145,10 +147,17 @@ def test_parsing():
                    {"better": "C"}, {"better": None}):
         with pytest.raises(ValueError):
             parse_rubric(json.dumps({**good, **change}), need_better=True)
-    assert parse_verdicts('{"1": true, "3": false, "2": "yes"}', 3) == [True, None, False]
-    for text in ("", "[]", "{}", '{"1": "yes"}', '{"4": true}'):
+    for text in ("", "[]", "{}", '{"1": "yes"}', '{"4": true}', '<think>{"1": true, "2": true, "3": true}</think>'):
         with pytest.raises(ValueError):
-            parse_verdicts(text, 3)
+            parse_verdicts(text, [None] * 3)
+    verdicts = [None] * 3
+    with pytest.raises(ValueError, match="1 of 3"):  # asked again; what came stays
+        parse_verdicts('{"1": true, "3": false, "2": "yes"}', verdicts)
+    assert verdicts == [True, None, False]
+    parse_verdicts('<think>{1}</think>{"1": true, "2": false, "3": false}', verdicts)
+    assert verdicts == [True, False, False]
+    with pytest.raises(ValueError):
+        parse_rubric('{"criteria": [{"criterion": "\\ud800", "weight": 1}]}')
 
 
 def test_material_stays_material():
@@ -208,7 +217,7 @@ class Model:
     """Scripted answers to everything that refine.py asks: responses, a first rubric, verdicts, refinements."""
 
     def __init__(self):
-        self.kinds, self.lock, self.refuse = [], threading.Lock(), ()
+        self.kinds, self.lock, self.refuse, self.fails = [], threading.Lock(), (), True
 
     def __call__(self, body, number):
         system, material = body["messages"][0]["content"], body["messages"][-1]["content"]
@@ -226,7 +235,7 @@ class Model:
                 {"criterion": "Is an answer.", "weight": 2}, {"criterion": "is an  ANSWER.", "weight": 1}]}))
         if kind == "verify":
             return completion(json.dumps({"1": "more" in material.split("Criteria")[0] or "an answer" in material}))
-        if count % 3 == 1:
+        if self.fails and count % 3 == 1:
             return 404, {}, "gone"
         longer = "more" in material.split("Answer A, as JSON:\n")[1].split("\n")[0]
         return completion(json.dumps({"better": "A" if longer else "B", "criteria": [
@@ -240,12 +249,12 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
              "--proposer-price", "2,8", "--max-new-tokens", "32", "--output", out]
     model.refuse = (3,)
     status, text, err, _ = command(REFINE, *flags, env={"PROPOSER_API_KEY": "secret", "RESPONDER_API_KEY": "other"})
-    assert status == 1 and "1 prompts have no rubric" in err and "gone" in err and "Traceback" not in err
+    assert status == 1 and "prompts are not done" in err and "gone" in err and "Traceback" not in err
     assert {r["_authorization"] for r in server.requests} == {"Bearer secret", "Bearer other"}
     kept = read(out / "progress.jsonl")
     assert {record["prompt_id"] for record in kept} == {"0", "1", "2"} == {t.id for t in load_tasks(out / "tasks.jsonl")}
-    whys = [entry["why"] for record in kept for entry in record["rounds"]]
-    assert None in whys and any(why and why.startswith("no rubric came") for why in whys)
+    cut = [record for record in kept if record["failure"]]
+    assert cut and len(cut) < 3 and all(record["stopped"] == "the proposer failed" for record in cut)
     for record in kept:  # a failed refinement never loses the rubric
         assert record["rubric"][0] == {"criterion": "Is an answer.", "points": 2, "tags": []}
         assert len(record["rubric"]) == 1 + any(entry["kept"] for entry in record["rounds"])
@@ -255,11 +264,12 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     everything = (out / "settings.json").read_text() + (out / "progress.jsonl").read_text() + text + err
     assert "secret" not in everything and "other" not in json.dumps(responses)
 
-    model.refuse, before = (), len(model.kinds)  # again: only what is missing is asked for
+    model.refuse, model.fails, before = (), False, len(model.kinds)  # again: only what is missing is asked for
     status, text, err, _ = command(REFINE, *flags)
     assert status == 0, err
     new = model.kinds[before:]
-    assert new.count("respond") == 4 and new.count("propose") == 1
+    assert new.count("respond") == 4 and new.count("propose") == 1 + len(cut)
+    assert not any(record["failure"] for record in {r["prompt_id"]: r for r in read(out / "progress.jsonl")}.values())
     assert [task.id for task in load_tasks(out / "tasks.jsonl")] == ["0", "1", "2", "3"]
     usage, before = json.loads((out / "usage.json").read_text()), len(model.kinds)
     assert usage["proposer"]["tries"] == sum(kind != "respond" for kind in model.kinds)  # of both starts together
@@ -277,6 +287,7 @@ def test_killed_and_continued(server, tmp_path):
     texts.write_text("".join(json.dumps({"prompt_id": str(i), "responses": ["Short.", "Long and more."]}) + "\n"
                              for i in range(12)))
     model = Model()
+    model.fails = False
 
     def slowly(body, number):
         time.sleep(0.05)
@@ -328,7 +339,13 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         ([prompts, "--proposer-url", "http://127.0.0.1:9/v1"], "", "--proposer-url: no server answers"),
         ([prompts, "--proposer-url", "http://x", "--proposer-price", "2"], "", "--proposer-price"),
         ([prompts, "--proposer-url", "http://x", "--verifier-model", "m"], "", "--verifier-url"),
-        ([*rules, "--max-reversed", "2"], "", "--max-reversed"), (["nosuch.jsonl", *rules[1:]], "", "no such task file"),
+        ([*rules, "--max-reversed", "2"], "", "--max-reversed"),
+        ([*rules, "--proposer-url", "http://x"], "", "asks no server"), ([*rules, "--sample-from", "a,a"], "", "repeated"),
+        ([*rules, "--sample-from", "a", "--responses", "b"], "", "give one of them"),
+        ([*rules, "--verifier-extra", "{}"], "", "need --verifier-url"),
+        ([*first, "--responses", texts], '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
+        ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
+ (["nosuch.jsonl", *rules[1:]], "", "no such task file"),
         ([*first, "--responses", texts], '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
         ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": [1]}', "responses:"),
         ([*first, "--responses", texts], "{", "line 1: unreadable JSON"),
