@@ -41,6 +41,9 @@ class Samples:
         for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], 1):
             try:
                 record = json.loads(line)
+                whole = {"text": str, "token_ids": list, "finished": bool, "verdicts": list, "sample": int}
+                if not all(isinstance(record[name], kind) for name, kind in whole.items()):
+                    raise ValueError
                 self.records[record["side"], record["task"], record["sample"]] = record
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{self.path}, line {number}: not a judged sample") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from config import PAPER, Config, Parser, add_flags, check, flag, setting
 from runs import claim, saved_config
 
-# Flags that are Config's own; --sampler and below may change between two starts on one folder.
+# Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
           "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
 MAY_CHANGE = {"judge_url", "judge2_url", "judge_concurrency", "token_budget", "device", "embedding", "embedding_model",
@@ -53,7 +53,7 @@ def parse_command_line(argv=None):
     add_flags(parser, Evaluation, (*SHARED, *Evaluation.__annotations__))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        config = Evaluation(**{**_start(given["model"]), **given})
+        config = Evaluation(**{**_start(given), **given})
         config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
         config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
         config.output = config.output or f"evaluations/{config.model.rstrip('/.').split('/')[-1].lstrip('.') or 'model'}"
@@ -63,11 +63,14 @@ def parse_command_line(argv=None):
     return config
 
 
-def _start(model):
-    """What the flags start from: a run's own settings; the paper's for another model than smollm2."""
+def _start(given):
+    """What the flags start from: a run's own settings (on other tasks, nothing is held out); the paper's for another model
+    than smollm2."""
+    model = given["model"]
     if (Path(model) / "tasks.sha256").is_file():
         saved = saved_config(Path(model).absolute().parent, Path(model).name)[1]
-        return {name: saved[name] for name in FROM_RUN if name in saved}
+        own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
+        return {name: saved[name] for name in FROM_RUN if name in saved and (own_tasks or name != "held_out")}
     if model == "smollm2":
         return {}
     return {name: PAPER[name] for name in FROM_RUN if name != "held_out"}
@@ -142,6 +145,7 @@ def evaluate(config):
     Raises ValueError or OSError for a mistake of the user's, in one line; what can be checked without weights is first.
     """
     tasks = load_tasks(config.tasks)
+    check_held_out(config, tasks)
     sources = {"model": config.model, **({"base": config.base} if config.base else {})}
     folders = {side: policy_folder(source) for side, source in sources.items()}
     check_judge(config, tasks)
@@ -195,6 +199,15 @@ def evaluate(config):
     (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     figures.draw(results, output)
     return results
+
+
+def check_held_out(config, tasks):
+    """Raise ValueError where a run was trained on other tasks than these: which ones it has not seen is then unknown."""
+    digest = Path(config.model) / "tasks.sha256"
+    found = hashlib.sha256(repr(tasks).encode()).hexdigest()
+    if config.held_out and digest.is_file() and digest.read_text(encoding="utf-8").strip() != found:
+        raise ValueError(f"{config.tasks}: these are not the tasks that {config.model} was trained on, so that which of "
+                         "them it has not seen is unknown (--held-out 0 evaluates on all)")
 
 
 def connect_second(config):

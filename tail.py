@@ -1,8 +1,8 @@
 """Theorem 1 of Chasing the Tail (arXiv 2509.21500): what a misranking costs depends on where it is.
 
-The gold reward R of the base policy's responses is uniform on (0, 1); only ranks matter, so any continuous reward can be
-brought to this. The proxy is f(R), with f a rearrangement of (0, 1). The aligned policy is the base policy weighted by
-exp(proxy / beta): over the proxy u its density is e^(u / beta) / (beta (e^(1 / beta) - 1)).
+The gold reward R of the base policy's responses is uniform on (0, 1): only its ranks matter, so any continuous one can be
+brought to this. The proxy is f(R), with f a rearrangement of (0, 1), so that it is uniform, too. The aligned policy is the
+base policy weighted by exp(proxy / beta): over the proxy u its density is e^(u / beta) / (beta (e^(1 / beta) - 1)).
 """
 
 import math
@@ -39,8 +39,8 @@ def tail_win_rate(beta, top_reversed=0.0, bottom_reversed=0.0):
 
 
 def _check(beta, top_reversed, bottom_reversed):
-    if not beta > 0 or math.isinf(beta):
-        raise ValueError(f"beta must be above 0 and finite, got {beta}")
+    if not 1e-300 < beta < math.inf:
+        raise ValueError(f"beta must be above 0 (1e-300) and finite, got {beta}")
     if not (top_reversed >= 0 and bottom_reversed >= 0 and top_reversed + bottom_reversed <= 1):
         raise ValueError(f"top_reversed and bottom_reversed must be shares with a sum of at most 1, got {top_reversed} "
                          f"and {bottom_reversed}")

@@ -38,7 +38,7 @@ import ruscarl
 from config import Config
 from judge import Judge
 from policy import prompt_ids
-from runs import Run
+from runs import Run, whole_lines
 from sampler import TransformersSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, Task, split_tasks
@@ -286,6 +286,7 @@ def run_all(experiments, seeds, steps, kept, cache, workers):
     """{key: result} of every arm and seed; results in the file `kept` are not run again, new ones are appended."""
     done = {}
     if kept and kept.exists():
+        whole_lines(kept)
         done = {row["key"]: row for row in map(json.loads, kept.read_text().splitlines())}
     arms = [arm for arms in experiments.values() for arm in arms]
     wanted = {key_of(arm, seed, steps): (arm, seed) for seed in range(seeds) for arm in arms}
@@ -315,14 +316,21 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--only", default="", help="experiments that begin with this, such as a")
-    parser.add_argument("--output", help="folder for lab.jsonl (every run), lab.md (the table) and pictures")
+    parser.add_argument("--output", help="folder for lab.jsonl (every run; remove it after a change of the code), lab.md "
+                        "(the table) and pictures; lab-part.md where it is not the whole plan")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    experiments = QUICK if args.quick else {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
+    chosen = {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
+    experiments = QUICK if args.quick else chosen if args.only else EXPERIMENTS
     seeds = 3 if args.quick else args.seeds
-    if not experiments or seeds < 2:
-        parser.error("--only names no experiment" if not experiments else "--seeds must be at least 2")
+    if not experiments:
+        parser.error("--only names no experiment")
+    if seeds < 2 or args.steps < 1 or args.workers < 1:
+        parser.error("--seeds must be at least 2, --steps and --workers at least 1")
     start, output = time.monotonic(), Path(args.output) if args.output else None
+    name = "lab" if experiments is EXPERIMENTS else "lab-part"  # a part must not replace the whole
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         results = run_all(experiments, seeds, args.steps, output / "lab.jsonl" if output else None, cache, args.workers)
     command = " ".join(["python bench/lab.py", *sys.argv[1:]])
@@ -332,10 +340,12 @@ def main():
              "held-out score without scaffold, the best possible is 1.", "", *lab_report.table(found)]
     print("\n".join(lines))
     if output:
-        lab_report.draw_arms(found, output / "lab.png")
+        lab_report.draw_arms(found, output / f"{name}.png")
+        lines += ["", f"![arms]({name}.png)"]
         if "a. scaffold" in found:
-            lab_report.draw_curves(found, output / "lab-curves.png")
-        lab_report.write(output / "lab.md", [*lines, "", "![arms](lab.png)", "", "![curves](lab-curves.png)"])
+            lab_report.draw_curves(found, output / f"{name}-curves.png")
+            lines += ["", f"![curves]({name}-curves.png)"]
+        lab_report.write(output / f"{name}.md", lines)
 
 
 if __name__ == "__main__":

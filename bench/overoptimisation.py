@@ -105,7 +105,7 @@ def ranking_accuracy(gold, proxy, pools):
     right = {"high": [], "low": []}
     for true, used, *texts in zip(gold, proxy, *pools.values()):
         scored = sorted((gold_score(true.rubric, t), gold_score(used.rubric, t)) for t in {*texts[0], *texts[1]})
-        quarter = len(scored) // 4
+        quarter = max(1, len(scored) // 4)
         for tail, part in (("low", scored[:quarter]), ("high", scored[-quarter:])):
             right[tail] += [0.5 if a[1] == b[1] else float((a[1] < b[1]) == (a[0] < b[0]))
                             for a, b in combinations(part, 2) if a[0] != b[0]]

@@ -1,5 +1,6 @@
 """Figures of an evaluation against hand-computed ones, and the command line on the tiny model."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -346,6 +347,21 @@ def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_p
     by_side = [{(r["task"], r["sample"]): r["text"] for r in read(tmp_path / out / "samples.jsonl") if r["side"] == side}
                for out, side in (("out", "base"), ("swapped", "model"))]
     assert sum(by_side[0][key] == by_side[1][key] for key in by_side[0]) >= 34  # whichever came first
+
+
+def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path):
+    run, tasks = tmp_path / "run", [Task(str(i), [], (Criterion("c", 1),)) for i in range(4)]
+    run.mkdir()
+    (run / "tasks.sha256").write_text(hashlib.sha256(repr(tasks).encode()).hexdigest() + "\n")
+    (run / "config.json").write_text(json.dumps({"tasks": "mine.jsonl", "held_out": 3, "top_p": 0.5}))
+    config = evaluation.parse_command_line([str(run)])
+    assert (config.tasks, config.held_out, config.top_p) == ("mine.jsonl", 3, 0.5)
+    evaluation.check_held_out(config, tasks)
+    with pytest.raises(ValueError, match=r"mine\.jsonl: these are not the tasks"):
+        evaluation.check_held_out(config, tasks[:3])
+    other = evaluation.parse_command_line([str(run), "--tasks", "other.jsonl"])
+    assert (other.held_out, other.top_p) == (0, 0.5)
+    evaluation.check_held_out(other, tasks[:3])
 
 
 def test_embeddings_from_a_server(server, monkeypatch):
