@@ -229,7 +229,8 @@ def test_samples_of_one_side_in_the_order_of_tasks(tmp_path):
     samples = Samples(tmp_path)
     for verdict in (None, True):  # the later line counts
         samples.add([{"side": side, "task": t.id, "sample": k, "text": "x", "token_ids": [1], "finished": True,
-                      "verdicts": [verdict]} for side in ("base", "model") for t in tasks for k in (1, 0)], {t.id: t for t in tasks})
+                      "verdicts": [verdict]} for side in ("base", "model") for t in tasks for k in (1, 0)],
+                    {t.id: t for t in tasks})
     found = Samples(tmp_path).of("model", tasks)
     assert [[(r["task"], r["sample"], r["reward"]) for r in of] for of in found] == [
         [("z", 0, 1.0), ("z", 1, 1.0)], [("a", 0, 1.0), ("a", 1, 1.0)]]
