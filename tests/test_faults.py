@@ -29,23 +29,35 @@ RUBRIC = [{"criterion": f"Has the letter {letter}.", "points": points, "tags": [
     for letter, points in (("a", 2), ("e", 1), ("o", -1), ("i", 2))]
 
 
-@pytest.fixture
-def flags(model_folder, tmp_path):
+def flags_in(model_folder, folder):
     """A run of 6 steps that takes seconds."""
-    write_tasks(tmp_path / "letters.jsonl", RUBRIC)
-    return ["--model", model_folder, "--preset", "laptop", "--tasks", tmp_path / "letters.jsonl",
-            "--runs", tmp_path / "runs", "--steps", "6", "--group-size", "4", "--batch-size", "2",
+    write_tasks(folder / "letters.jsonl", RUBRIC)
+    return ["--model", model_folder, "--preset", "laptop", "--tasks", folder / "letters.jsonl",
+            "--runs", folder / "runs", "--steps", "6", "--group-size", "4", "--batch-size", "2",
             "--mini-batch-size", "1", "--max-new-tokens", "12",
             "--max-prompt-tokens", "500", "--held-out", "3", "--eval-every", "3", "--eval-samples", "2", "--save-every", "1",
             "--dtype", "float32", "--sampler", "transformers", "--kl", "0.01", "--lr", "1e-3"]
 
 
 @pytest.fixture
-def whole(flags, tmp_path):
-    """Metrics of the same run, never interrupted."""
-    status, _, err, _ = command(RUN, *flags, "--name", "whole")
+def flags(model_folder, tmp_path):
+    """Flags of a run in a folder of its own."""
+    return flags_in(model_folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uncut(model_folder, tmp_path_factory):
+    """Folder of the same run, never interrupted."""
+    folder = tmp_path_factory.mktemp("uncut")
+    status, _, err, _ = command(RUN, *flags_in(model_folder, folder), "--name", "whole")
     assert status == 0, err
-    return rows(tmp_path / "runs" / "whole")
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture
+def whole(uncut):
+    """Its metrics."""
+    return rows(uncut)
 
 
 def rows(folder):
@@ -84,7 +96,7 @@ class Terminal:
 
 
 @pytest.mark.parametrize("phase", ["sampling", "updating", "saving"])
-def test_killed_anywhere_and_continued(flags, whole, tmp_path, phase):
+def test_killed_anywhere_and_continued(flags, uncut, whole, tmp_path, phase):
     terminal = Terminal(RUN, *flags, "--name", "cut")
     assert terminal.send(signal.SIGKILL, phase, after=1) == -signal.SIGKILL
     folder = tmp_path / "runs" / "cut"
@@ -92,7 +104,7 @@ def test_killed_anywhere_and_continued(flags, whole, tmp_path, phase):
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "cut", "--resume")
     assert status == 0, err
     assert rows(folder) == whole
-    weights = [(tmp_path / "runs" / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    weights = [(run / "policy" / "model.safetensors").read_bytes() for run in (uncut, folder)]
     assert weights[0] == weights[1]
 
 
