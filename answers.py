@@ -211,9 +211,9 @@ def _embedding_folder(folder):
 def _embedding_server(url, model):
     client = ChatClient([url], model, key_variable="EMBEDDING_API_KEY")
     try:
-        client.check()
+        client.check(hint="--embedding-model")
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--embedding: {str(error).replace('--judge-', '--embedding-')}") from None
+        raise ValueError(f"--embedding: {error}") from None
     session = requests.Session()
     retry = Retry(5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
     session.mount(url, HTTPAdapter(max_retries=retry))

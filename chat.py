@@ -87,8 +87,8 @@ class ChatClient:
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
 
-    def check(self, timeout=5.0):
-        """Ask every server for its models; take the only one if no model was named.
+    def check(self, timeout=5.0, hint="--judge-model"):
+        """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
 
         Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
         """
@@ -110,7 +110,7 @@ class ChatClient:
                 self.model = served[0]
             if self.model not in served:
                 problem = f"does not serve {self.model!r}" if self.model else "does not serve one model only, so name one"
-                raise ValueError(f"{url} {problem}; it serves {', '.join(served[:10]) or 'none'} (--judge-model)")
+                raise ValueError(f"{url} {problem}; it serves {', '.join(served[:10]) or 'none'} ({hint})")
 
     def close(self):
         """Cancel what still waits in the pool; requests under way end by themselves."""

@@ -215,9 +215,9 @@ def connect_second(config):
     client = ChatClient(config.judge2_url.split(","), config.judge2_model, key_variable="JUDGE2_API_KEY",
                         concurrency=config.judge_concurrency, extra=judge_extra(second_judge(config)))
     try:
-        client.check()
+        client.check(hint="--judge2-model")
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--judge2-url: {str(error).replace('--judge-', '--judge2-')}") from None
+        raise ValueError(f"--judge2-url: {error}") from None
     return client
 
 

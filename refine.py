@@ -151,9 +151,9 @@ def connect(config, name):
                         key_variable=f"{name.upper()}_API_KEY", concurrency=config.judge_concurrency,
                         extra=extra(config, name))
     try:
-        client.check()
+        client.check(hint=f"--{name}-model")
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--{name}-url: {str(error).replace('--judge-', f'--{name}-')}") from None
+        raise ValueError(f"--{name}-url: {error}") from None
     return client
 
 

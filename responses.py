@@ -114,9 +114,9 @@ def responder(config, url, model):
     client = ChatClient([url], model, key_variable="RESPONDER_API_KEY", concurrency=config.judge_concurrency,
                         max_tokens=config.max_new_tokens, extra=extra, cut_off_is_an_answer=True)
     try:
-        client.check()
+        client.check(hint="give MODEL@URL")
     except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--sample-from: {str(error).replace('--judge-model', 'give MODEL@URL')}") from None
+        raise ValueError(f"--sample-from: {error}") from None
     return client
 
 
