@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,8 +21,7 @@ def setting(default, help, choices=None):
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "judge_url", "judge_extra",
               "judge_concurrency", "max_unknown", "token_budget", "gradient_checkpointing", "device",
-              "offload", "gpu_gb", "check_sync", "tracker", "runs",
-              "name"}
+              "offload", "gpu_gb", "gpus", "tensor_parallel", "check_sync", "tracker", "runs", "name"}
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Config:
     full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
     sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
+    tensor_parallel: int = setting(1, "ranks over which an engine of vllm is spread, for a model too large for one GPU")
     tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off")
     check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
@@ -85,6 +86,7 @@ class Config:
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB")
+    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, of one machine")
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
@@ -109,7 +111,10 @@ def paper_preset(model):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends all ranks with the first: let that be the one that says why
         raise SystemExit(2)
 
 
@@ -138,6 +143,8 @@ def parse_command_line(argv=None):
         check(config)
         if config.gpu_gb and action != "plan":
             raise ValueError("--gpu-gb is for --plan")
+        if config.gpus > 1 and not config.gpu_gb:
+            raise ValueError("--gpus is for --plan with --gpu-gb; torchrun starts a run on many GPUs")
         if action == "calibrate" and not config.judge_url:
             raise ValueError("--judge-calibrate needs --judge-url (or $RUSCARL_JUDGE_URL)")
     except (ValueError, OSError) as error:
@@ -186,7 +193,7 @@ def check(config):
     """Raise ValueError, naming the flag, for a value that makes no sense or does not fit another."""
     for name in ("steps", "group_size", "batch_size", "mini_batch_size", "max_new_tokens", "max_prompt_tokens", "power",
                  "judge_concurrency", "held_out", "eval_every", "eval_samples", "save_every", "token_budget",
-                 "max_grad_norm", "keep_checkpoints", "max_skipped"):
+                 "max_grad_norm", "keep_checkpoints", "max_skipped", "tensor_parallel", "gpus"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
     for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "gpu_gb"):

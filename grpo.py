@@ -7,9 +7,6 @@ Tensors only: this module knows nothing of rubrics, prompts or judges. Per rollo
     3. response_logprobs: log-probability of every response token; logits nowhere else
     4. policy_loss: the clipped surrogate, averaged over all response tokens of the mini-batch
     5. update: that loss plus kl_coef * KL to the frozen reference, one optimiser step a mini-batch
-
-A pack is [question, o_1, ..., o_k] with positions that restart after the question and a mask under which every
-response sees the question and itself only. The question is computed once and nothing is padded.
 """
 
 import math
@@ -18,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+import ranks
+from packs import IDLE, in_turns, make_packs, pack_mask
 
 CHUNK = 256  # response tokens whose logits exist at a time
 
@@ -98,75 +98,6 @@ def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2
     return (losses * mask).sum() / tokens, stats
 
 
-@dataclass
-class Pack:
-    """One row for the model: a question and some of its responses. All tensors on the CPU until they are used."""
-
-    ids: torch.Tensor  # [1, tokens] question, then the responses without their last token (it predicts nothing here)
-    positions: torch.Tensor  # [1, tokens] restarting after the question for every response
-    segment: torch.Tensor  # [tokens] 0 for the question, j for the j-th response
-    logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
-    targets: torch.Tensor  # [response tokens] the response tokens themselves
-    members: list  # index into the samples, response by response
-
-
-def make_packs(prompts, responses, token_budget):
-    """Pack responses that share a prompt: list of Pack, in order of first appearance.
-
-    prompts, responses: token-id lists, one of each a sample. A pack holds as many responses to one prompt as keep it
-    within token_budget tokens; a sample that is longer by itself gets a pack of its own. Empty responses are left out.
-    """
-    by_prompt = defaultdict(list)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if response:
-            by_prompt[tuple(prompt)].append(i)
-    packs = []
-    for prompt, members in by_prompt.items():
-        part, size = [], len(prompt)
-        for i in sorted(members, key=lambda i: -len(responses[i])):
-            if part and size + len(responses[i]) - 1 > token_budget:
-                packs.append(_make_pack(prompt, part, responses))
-                part, size = [], len(prompt)
-            part.append(i)
-            size += len(responses[i]) - 1
-        packs.append(_make_pack(prompt, part, responses))
-    return packs
-
-
-def _make_pack(prompt, members, responses):
-    ids, positions, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-    logit_at, targets = [], []
-    for j, i in enumerate(members, 1):
-        response = responses[i]
-        start = len(ids)
-        ids += response[:-1]
-        positions += range(len(prompt), len(prompt) + len(response) - 1)
-        segment += [j] * (len(response) - 1)
-        # the question's last token predicts a response's first token; each response token predicts the next one
-        logit_at += [len(prompt) - 1, *range(start, start + len(response) - 1)]
-        targets += response
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(segment), torch.tensor(logit_at),
-                torch.tensor(targets), members)
-
-
-def pack_mask(segment):
-    """[1, 1, tokens, tokens] boolean: True where a token (row) may look at another (column).
-
-    segment: [tokens]. A token sees what came before it in its own response, and the question.
-    Worked example, question of 2 tokens and two responses of 2 and 1: segment 0 0 1 1 2
-
-        1 0 0 0 0
-        1 1 0 0 0
-        1 1 1 0 0
-        1 1 1 1 0
-        1 1 0 0 1
-    """
-    tokens = segment.shape[0]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segment.device).tril()
-    same = segment.unsqueeze(1) == segment.unsqueeze(0)
-    return (causal & (same | (segment == 0).unsqueeze(0)))[None, None]
-
-
 def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=CHUNK):
     """(log-probability of each response token [response tokens], entropy at each or None), float32.
 
@@ -204,14 +135,18 @@ def _response_logprobs(model, pack, temperature, with_entropy, chunk):
 
 
 def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0, autocast=None):
-    """Log-probabilities of each response given its prompt, without gradients: list of float32 [response tokens] (CPU)."""
-    result = [torch.zeros(0)] * len(responses)
+    """Log-probabilities of each response given its prompt, without gradients: list of float32 [response tokens] (CPU).
+
+    All ranks give the same prompts and responses, compute a part and have the whole.
+    """
+    own = {}
     with torch.no_grad(), precision(model, autocast):
-        for pack in make_packs(prompts, responses, token_budget):
-            logp, _ = response_logprobs(model, pack, temperature)
-            for i, part in zip(pack.members, logp.cpu().split([len(responses[i]) for i in pack.members])):
-                result[i] = part
-    return result
+        for pack, _ in in_turns(make_packs(prompts, responses, token_budget)):
+            logp, _ = response_logprobs(model, pack or IDLE, temperature)
+            if pack:
+                own |= zip(pack.members, logp.cpu().split([len(responses[i]) for i in pack.members]))
+    found = {i: logp for part in ranks.gather(own) for i, logp in part.items()}
+    return [found.get(i, torch.zeros(0)) for i in range(len(responses))]
 
 
 def precision(model, dtype):
@@ -270,9 +205,10 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
            progress=lambda done: None):
     """One optimiser step for each mini-batch (a list of Sample); returns statistics averaged over response tokens.
 
-    The sum over a mini-batch's tokens is divided by their number, so the gradient is the same for every token_budget.
-    Old log-probabilities are computed only where they are not simply the current ones: for mini-batches after the first
-    and where the denominator conditions on another prompt. A step whose gradient is not finite is skipped and counted.
+    All ranks give the same mini-batches, and their packs are dealt to the ranks. The sum over a mini-batch's tokens is
+    divided by their number, so the gradient is the same for every token_budget and number of ranks. Old
+    log-probabilities are computed only where they are not simply the current ones: for mini-batches after the first and
+    where the denominator conditions on another prompt. A step whose gradient is not finite is skipped and counted.
     reference: frozen model, needed where kl_coef > 0. autocast: dtype to compute in, or None for the weights' own.
     progress: called after each pack with the number of responses done.
     Returns loss, entropy, clip_fraction, approx_kl, kl (with a reference), grad_norm (mean over the steps, before
@@ -290,21 +226,29 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     totals, grad_norms, done = defaultdict(float), [], 0
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
-        for pack in make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget):
+        fresh = [s for s in batch if s.old_logp is None]
+        packs = make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget)
+        for pack, turn in in_turns(packs):
+            members = [batch[i] for i in pack.members] if pack else [Sample([0], [0], 0.0, [0])]
             with precision(model, autocast):
-                loss, sums = pack_loss(model, reference, pack, [batch[i] for i in pack.members], params)
-            (loss / tokens).backward()
+                loss, sums = pack_loss(model, reference, pack or IDLE, members, params)
+            # A sharded model's gradient is the mean over ranks, which is to be the sum: hence their number.
+            (loss * (ranks.size() / tokens if pack else 0)).backward()
             for name, value in sums.items():
-                totals[name] += value
-            done += len(pack.members)
+                totals[name] += value if pack else 0
+            done += len(turn)
             progress(done)
-        totals["tokens"] += tokens
+        for known in ranks.gather([s.old_logp for s in fresh]):  # each rank those of its packs
+            for sample, logp in zip(fresh, known):
+                sample.old_logp = logp if sample.old_logp is None else sample.old_logp
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         norm = getattr(norm, "full_tensor", lambda: norm)().item()  # a sharded model's norm has to be put together
         grad_norms.append(norm)
         if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    tokens = totals.pop("tokens")
-    return {**{name: total / tokens for name, total in totals.items()}, "grad_norm": sum(grad_norms) / len(grad_norms),
+    tokens = sum(len(s.response_ids) for batch in mini_batches for s in batch)
+    sums = ranks.gather(totals)
+    return {**{name: sum(part[name] for part in sums) / tokens for name in totals},
+            "grad_norm": sum(grad_norms) / len(grad_norms),
             "skipped_steps": sum(not math.isfinite(norm) for norm in grad_norms)}

@@ -1,12 +1,13 @@
 """How much memory a run takes, part by part, worked out without loading weights.
 
-P parameters cost 16 bytes each while they are trained: float32 weights, gradients and two moments of Adam. The reference,
-the sampler's copy and its key-value cache come on top, and the activations of one pack, which are not estimated by
-formula: the update's own forward pass is run on tensors without data, and what autograd keeps is counted.
+P parameters cost 16 bytes each while they are trained: float32 weights, gradients and two moments of Adam; those and the
+reference are divided among the ranks. Each rank's sampler with its key-value cache comes on top, and the activations of
+one pack, which are not estimated by formula: the update's own forward pass is run on tensors without data, and what
+autograd keeps is counted.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,12 +23,24 @@ LIBRARIES = {"host": 0.8e9, "vllm": 0.7e9, "cuda": 1.5e9, "vllm on cuda": 3e9}
 
 @dataclass(frozen=True)
 class Part:
-    """Some bytes: where ("device": where the policy computes, "host": beside a GPU) and when they are there."""
+    """Some bytes: where ("device": one GPU, or the machine where there is none; "host": the machine beside its GPUs) and
+    when they are there."""
 
     name: str
     bytes: float
     place: str = "device"
-    when: str = "always"  # or "update" or "sampling"
+    when: str = "always"  # or one of TIMES
+
+
+TIMES = ("loading", "sampling", "update")
+
+
+def ranks_of(config):
+    """(number of ranks, number of those on one machine): torchrun's, or those of --gpus."""
+    if config.gpu_gb:
+        return config.gpus, config.gpus
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return ranks, min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def count_parameters(model_config):
@@ -76,17 +89,20 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     """
     P = count_parameters(model_config)
     gpu = device == "cuda"
+    ranks, here = ranks_of(config)
+    team = config.tensor_parallel if vllm else 1
     text = model_config.get_text_config()
     longest = config.max_prompt_tokens + config.max_new_tokens
     kv = kv_bytes_per_token(model_config, dtype)
     masters = "host" if offload else "device"
-    result = [Part("weights, float32", 4 * P, masters), Part("gradients", 4 * P, masters, "update"),
-              Part("Adam's two moments", 8 * P, masters)]
-    if gpu:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
+    result = [Part("weights, float32", 4 * P / ranks, masters), Part("gradients", 4 * P / ranks, masters, "update"),
+              Part("Adam's two moments", 8 * P / ranks, masters)]
+    if gpu or ranks > 1:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
         gathered = min(P, 2 * text.vocab_size * text.hidden_size + 2 * P / text.num_hidden_layers)
-        result.append(Part("weights being computed with", gathered * (dtype.itemsize + 4), when="update"))
+        result += [Part("weights being computed with", gathered * ((dtype.itemsize if gpu else 4) + 4), when="update"),
+                   Part("whole weights", 4 * P, "host" if gpu else "device", "loading")]
     if config.kl > 0:
-        result.append(Part("reference model", P * (dtype.itemsize if gpu else 4)))
+        result.append(Part("reference model", P * (dtype.itemsize if gpu else 4) / ranks))
     autocast = None if gpu or dtype == torch.float32 else dtype
     question = question or config.max_prompt_tokens
     pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
@@ -97,13 +113,13 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
                Part("their passing use", passing, when="update")]
     when = "sampling" if gpu and vllm else "always"
     tied_copy = text.vocab_size * text.hidden_size if vllm and not gpu and text.tie_word_embeddings else 0
-    result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize, when=when))
+    result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize / team, when=when))
     if vllm and gpu:
-        cache = config.group_size * longest * kv  # at the least: a group of the longest responses at a time
+        cache = config.group_size * longest * kv / team  # at the least: a group of the longest responses at a time
     elif vllm:
         cache = cpu_cache_bytes(model_config, dtype, longest)
     else:
-        rows = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
+        rows = -(-max(config.batch_size * config.group_size, config.held_out * config.eval_samples) // ranks)
         row = (prompt or config.max_prompt_tokens) + config.max_new_tokens
         cache = min(rows * row, max(32768, row)) * kv
     result.append(Part("key-value cache, at least" if vllm and gpu else "key-value cache", cache,
@@ -112,7 +128,7 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
                        "host" if gpu else "device"))
     if gpu:
         result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
-    return result
+    return [replace(part, bytes=part.bytes * here) if part.place == "host" or not gpu else part for part in result]
 
 
 def needs(config, model_config, device, vllm, dtype, question=None, prompt=None):
@@ -125,13 +141,13 @@ def needs(config, model_config, device, vllm, dtype, question=None, prompt=None)
 
 
 def total(parts, place, when):
-    """Bytes in `place` at one time, "update" or "sampling"."""
+    """Bytes in `place` at one of TIMES."""
     return sum(part.bytes for part in parts if part.place == place and part.when in ("always", when))
 
 
 def peak(parts, place):
-    """Bytes in `place` at the fuller of the two times."""
-    return max(total(parts, place, "update"), total(parts, place, "sampling"))
+    """Bytes in `place` at the fullest of TIMES."""
+    return max(total(parts, place, when) for when in TIMES)
 
 
 def host_bytes():

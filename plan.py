@@ -106,18 +106,20 @@ def print_memory(config, device, parts_of):
     parts_of: a Config to its list of memory.Part.
     """
     parts = parts_of(config)
-    print(f"\n  {'memory, GB':30s}{'updating':>10s}{'sampling':>10s}")
-    names = {"device": "GPU" if device == "cuda" else "this machine", "host": "host"}
+    each = "each GPU" if memory.ranks_of(config)[0] > 1 else "GPU"
+    times = [when for when in memory.TIMES if when != "loading" or any(part.when == when for part in parts)]
+    print(f"\n  {'memory, GB':30s}" + "".join(f"{when:>10s}" for when in times))
+    names = {"device": each if device == "cuda" else "this machine", "host": "host"}
     for place in ("device", "host"):
         rows = [part for part in parts if part.place == place]
         if rows:
             print(f"  {names[place]}")
             for part in rows:
                 cells = ("" if part.when not in ("always", when) else f"{part.bytes / 1e9:.1f}"
-                         for when in ("update", "sampling"))
+                         for when in times)
                 print(f"    {part.name:28s}" + "".join(f"{cell:>10s}" for cell in cells))
             print(f"    {'total':28s}" + "".join(f"{memory.total(parts, place, when) / 1e9:>10.1f}"
-                                              for when in ("update", "sampling")))
+                                              for when in times))
     there = {"device": memory.device_bytes(config, device)}
     if device == "cuda" and torch.cuda.is_available():  # of a GPU that is not there, nobody knows the host
         there["host"] = memory.host_bytes()

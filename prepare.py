@@ -10,12 +10,12 @@ import torch
 from tqdm import tqdm
 
 import memory
+import ranks
 from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge, Judge, SelfJudge
 from policy import (
     cpu_dtype,
-    join_group,
     keep_freed_memory,
     load_config,
     load_policy,
@@ -33,8 +33,9 @@ from vllm_sampler import VLLMSampler, vllm_obstacle
 
 
 def say(line):
-    """A line for the person in front, above any progress bar."""
-    tqdm.write(line, sys.stderr)
+    """A line for the person in front, above any progress bar; once, however many ranks there are."""
+    if ranks.leader():
+        tqdm.write(line, sys.stderr)
 
 
 def computing_dtype(config, device):
@@ -66,8 +67,8 @@ def make_chat_client(config):
 
 def connect(config):
     """A checked ChatClient for --judge-url. Raises ConnectionError or ValueError for a server that cannot judge."""
-    client = ChatClient(config.judge_url.split(","), config.judge_model, concurrency=config.judge_concurrency,
-                        extra=judge_extra(config))
+    client = ChatClient(config.judge_url.split(","), config.judge_model,
+                        concurrency=max(1, config.judge_concurrency // ranks.size()), extra=judge_extra(config))
     client.check()
     return client
 
@@ -79,6 +80,8 @@ def make_judge(client, tasks, tokenizer, sampler, context):
     if client is not None:
         return Judge(ChatJudge(client))
     say("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)")
+    if not ranks.alone():
+        raise ValueError("--judge self: an engine spread by --tensor-parallel cannot judge; use --judge-url")
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
                            for text in ('{"criteria_met":', " true", " false"))
     if true[0] == false[0]:
@@ -122,11 +125,14 @@ def choose_device(config):
 
 def choose_sampler(config, device):
     """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
+    spread = config.tensor_parallel > 1
     if config.sampler == "transformers":
+        if spread:
+            raise ValueError("--tensor-parallel needs --sampler vllm")
         return False, "--sampler transformers"
     obstacle = vllm_obstacle(device)
-    if obstacle and config.sampler == "vllm":
-        raise ValueError(f"--sampler vllm: {obstacle}")
+    if obstacle and (config.sampler == "vllm" or spread):
+        raise ValueError(f"{'--tensor-parallel' if spread else '--sampler vllm'}: {obstacle}")
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
@@ -135,11 +141,11 @@ def make_sampler(config, policy, stops, dtype, device, vllm, why, longest, gpu_m
     precision = str(dtype).removeprefix("torch.")
     if vllm:
         try:
-            sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory)
+            sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory, config.tensor_parallel)
             say(f"sampler: vllm in {precision} ({why})")
             return sampler
         except ValueError as error:
-            if config.sampler == "vllm":
+            if config.sampler == "vllm" or config.tensor_parallel > 1:
                 raise
             why = error
     say(f"sampler: transformers in {precision} ({why})")
@@ -156,14 +162,17 @@ def longest_prompts(config, tasks, tokenizer):
 def set_up(config):
     """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
 
-    Raises ValueError or OSError for a mistake of the user's, in one line.
+    Under torchrun this makes the process one of its ranks. Raises ValueError or OSError for a mistake of the user's, in
+    one line.
     """
+    device = choose_device(config)
+    ranks.join(device, config.tensor_parallel)
+    config.name = ranks.gather(config.name)[0]  # it may have the time in it
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
     client = make_chat_client(config)
     run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
-    device = choose_device(config)
     vllm, why = choose_sampler(config, device)
     model_config, tokenizer = load_config(config.model)
     context = check_context(config, model_config)
@@ -171,7 +180,6 @@ def set_up(config):
     dtype = computing_dtype(config, device)
     offload, gpu_memory = False, 0.0
     if device == "cuda":
-        join_group(device)
         lengths = longest_prompts(config, tasks + held_out, tokenizer)
         offload, parts = memory.needs(config, model_config, device, vllm, dtype, *lengths)
         gpu_memory = memory.vllm_share(parts) if vllm else 0.0
@@ -183,11 +191,16 @@ def set_up(config):
     # Before the policy takes its part of the GPU. What a judge reads is longer than what it judges.
     longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
     sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, longest, gpu_memory)
+    sharded = device == "cuda" or ranks.size() > 1
+    autocast = None if device == "cuda" or dtype == torch.float32 else dtype
+    if sharded:
+        shard(policy, device, dtype if autocast is None else torch.float32, offload)
     reference = None
     if config.kl > 0:
-        reference = load_policy(config.model, device, dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)
-    if device == "cuda":
-        shard(policy, device, dtype, offload)
+        precision = dtype if device == "cuda" else torch.float32
+        reference = load_policy(config.model, dtype=precision)[0].requires_grad_(False)
+        if sharded:
+            shard(reference, device, precision, offload=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     start = run.load_checkpoint(policy, optimizer) if config.resume else 0
     if config.gradient_checkpointing:
@@ -197,5 +210,4 @@ def set_up(config):
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
     run.open()
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
-                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start,
-                autocast=None if device == "cuda" or dtype == torch.float32 else dtype)
+                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start, autocast=autocast)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy
 
+import ranks
 from judge import score
 from policy import prompt_ids
 from sampler import address_seed
@@ -55,32 +56,49 @@ def make_rollouts(batch, ratios, tokenizer, address):
 def sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar):
     """Fill in response, verdicts and reward; each response goes to the judge while others are still sampled.
 
-    address: prefix of the seeds, completed by group and sample. Returns times, unknown verdicts and judge latency.
+    address: prefix of the seeds, completed by group and sample. Each rank does its share, and then has all. Returns times,
+    unknown verdicts and judge latency.
     """
+    with ranks.together():
+        found, times = _own_share(ranks.share(rollouts), address, sampler, judge, tokenizer, params, bar)
+    parts = [part for part in ranks.gather((found, times)) if part[0]]  # of a team, only one speaks
+    for rollout, values in zip(rollouts, [values for found, _ in parts for values in found], strict=True):
+        (rollout.response_ids, rollout.sampled_logp, rollout.text, rollout.finished, rollout.verdicts,
+         rollout.reward) = values
+    verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
+    calls, seconds = (sum(times[name] for _, times in parts) for name in ("calls", "seconds"))
+    return {
+        "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
+        "judge/unscored": sum(rollout.reward is None for rollout in rollouts) / len(rollouts),
+        "judge/seconds_per_call": seconds / calls if calls else None,
+        **{name: max(times[name] for _, times in parts) for name in ("time/sample", "time/judge", "time/rollout")},
+    }
+
+
+def _own_share(rollouts, address, sampler, judge, tokenizer, params, bar):
+    """([what `sample_and_judge` fills in, for each of `rollouts`], times and counts of calls to the judge)."""
     start = time.monotonic()
     calls, seconds, _ = judge.counts()
-    futures, first = [None] * len(rollouts), None
+    responses, futures, first = [None] * len(rollouts), [None] * len(rollouts), start
     seeds = [address_seed(*address, r.group, r.sample) for r in rollouts]
     for done, response in enumerate(sampler.sample([r.prompt_ids for r in rollouts], seeds, params), 1):
-        rollout = rollouts[response.index]
-        rollout.response_ids, rollout.finished = response.token_ids, response.finished
-        rollout.sampled_logp = response.logprobs
-        rollout.text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
-        first = first or time.monotonic()
-        futures[response.index] = judge.submit(rollout.task, rollout.text)
+        if not ranks.speaks():
+            continue
+        text = tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()
+        first = time.monotonic() if done == 1 else first
+        responses[response.index] = (response.token_ids, response.logprobs, text, response.finished)
+        futures[response.index] = judge.submit(rollouts[response.index].task, text)
         bar.set_description(f"sampling {done}/{len(rollouts)}")
     sampled = time.monotonic()
     bar.set_description("judging")
     judge.finish()
-    for rollout, verdicts in zip(rollouts, futures):
-        rollout.verdicts = [verdict.result() for verdict in verdicts]
-        rollout.reward = score(rollout.task.rubric, rollout.verdicts)
+    found = []
+    for rollout, response, asked in zip(rollouts, responses, futures) if ranks.speaks() else ():
+        verdicts = [verdict.result() for verdict in asked]
+        found.append((*response, verdicts, score(rollout.task.rubric, verdicts)))
     calls_after, seconds_after, _ = judge.counts()
-    verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
-    return {
-        "judge/unknown": sum(verdict is None for verdict in verdicts) / len(verdicts),
-        "judge/unscored": sum(rollout.reward is None for rollout in rollouts) / len(rollouts),
-        "judge/seconds_per_call": (seconds_after - seconds) / (calls_after - calls) if calls_after > calls else None,
+    return found, {
+        "calls": calls_after - calls, "seconds": seconds_after - seconds,
         "time/sample": sampled - start,
         "time/judge": time.monotonic() - first,  # from the first response on: overlaps time/sample
         "time/rollout": time.monotonic() - start,  # both together

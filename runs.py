@@ -4,22 +4,19 @@
                 tasks.sha256        hash of the tasks, so that a run is not continued on others
                 metrics.jsonl       one row a step; a number that was not measured is absent
                 rollouts/           step_00000.jsonl: every sample with scaffold, verdicts, reward, advantage
-                checkpoints/        step_00010/: model, optimizer and step, for --resume; the newest --keep-checkpoints
+                checkpoints/        step_00010/: see checkpoints.py; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
                 curves.png          the metrics, drawn
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
 import os
-import pickle
-import shutil
-import signal
-import sys
 from pathlib import Path
+
+import ranks
 
 
 def saved_config(runs, name):
@@ -88,14 +85,6 @@ def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked the run to leave. Not an Exception: nothing that handles errors may swallow it."""
-
-    def __init__(self, number):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
-
-
 class Run:
     """A run's folder. Making a Run checks that the name is free (or that config.resume is set); `open` then makes the
     folder, so that a run that never starts leaves nothing behind.
@@ -108,7 +97,7 @@ class Run:
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         self.config = config
-        self._signal, self._undivided = None, False
+        self.steps_done = 0
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
         if self.folder.exists() and not config.resume:
@@ -122,37 +111,19 @@ class Run:
             raise PermissionError(f"cannot write to {there} (--runs)")
 
     def open(self):
-        """Make the folder and connect the tracker."""
+        """Make the folder and connect the tracker; in a run of many ranks that is the leader's part, as all writing is."""
+        if not ranks.leader():
+            return
         (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "tasks.sha256", self.tasks_digest + "\n")
         write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         self._tracker = _tracker(self.config.tracker, self.folder, self.config)
 
-    def listen(self):
-        """From now on SIGINT and SIGTERM raise Interrupted, outside of `undivided`; a second one ends the process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
-
-    def _interrupt(self, number, frame):
-        if self._signal is not None:
-            os._exit(128 + number)
-        self._signal = number
-        if not self._undivided:
-            raise Interrupted(number)
-
-    @contextlib.contextmanager
-    def undivided(self):
-        """What is done inside belongs together, as weights and the row of their step do: an interrupt waits for its end."""
-        self._undivided = True
-        try:
-            yield
-        finally:
-            self._undivided = False
-        if self._signal is not None:
-            raise Interrupted(self._signal)
-
     def log(self, row):
         """Append a row to metrics.jsonl and send it to the tracker; None and non-finite numbers are left out."""
+        self.steps_done += "time/step" in row
+        if not ranks.leader():
+            return
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -170,12 +141,10 @@ class Run:
                     raise ValueError(f"{self.metrics}, line {number}: unreadable JSON") from None
         return rows
 
-    def steps_done(self):
-        """Number of steps whose row is written."""
-        return sum("time/step" in row for row in self.rows())
-
     def save_rollouts(self, name, rollouts):
         """rollouts/<name>.jsonl, a line a Rollout."""
+        if not ranks.leader():
+            return
         with open(self.folder / "rollouts" / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for r in rollouts:
                 criteria = [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
@@ -185,60 +154,26 @@ class Run:
                     "response": r.text, "finished": r.finished, "tokens": len(r.response_ids), "reward": r.reward,
                     "advantage": r.advantage, "criteria": criteria}, ensure_ascii=False) + "\n")
 
-    def checkpoints(self):
-        """Folders of the checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step_*"))
+    def save_checkpoint(self, model, optimizer):
+        """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
+        from checkpoints import save
 
-    def save_checkpoint(self, step, model, optimizer):
-        """Everything that the next step depends on: weights, optimizer state, number of steps done.
-
-        Written beside its place, flushed to the disk and renamed: a kill or a full disk leaves the older ones whole. Raises
-        OSError where it cannot be written.
-        """
-        import torch
-
-        place = self.folder / "checkpoints" / f"step_{step:05d}"
-        part = place.with_name("part")
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            part.mkdir(parents=True)
-            with open(part / "state.pt", "wb") as file:
-                torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch raises either for a disk that is full
-            shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"cannot save {place}: {first_line(error)}") from None
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
-        for old in self.checkpoints()[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+        save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
 
     def load_checkpoint(self, model, optimizer):
         """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done.
 
-        One that cannot be read is told and skipped. 0, and nothing restored, where the run was stopped before its first.
-        Raises ValueError where there are some, but none can be read.
+        0, and nothing restored, where the run was stopped before its first. Raises ValueError where there are some, but
+        none can be read.
         """
-        import torch
+        from checkpoints import load_newest
 
-        device, step, folders = next(model.parameters()).device, 0, self.checkpoints()
-        for folder in reversed(folders):
-            try:
-                state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                step = state["step"]
-                break
-            except (RuntimeError, KeyError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                reason = f"{folder / 'state.pt'}: unreadable checkpoint: {first_line(error)}"
-                if folder == folders[0]:
-                    raise ValueError(reason) from None
-                print(f"{reason}; the one before it is used", file=sys.stderr)
-        rows = [row for row in self.rows() if row["step"] < step]
-        if [row["step"] for row in rows] != list(range(step)):
-            raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
-        write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        self.steps_done = step = load_newest(self.folder / "checkpoints", model, optimizer)
+        if ranks.leader():
+            rows = [row for row in self.rows() if row["step"] < step]
+            if [row["step"] for row in rows] != list(range(step)):
+                raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
+            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return step
 
     def draw_curves(self):

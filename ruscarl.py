@@ -33,13 +33,13 @@ import torch
 from tqdm import tqdm
 
 import grpo
+import ranks
 import report
 from calibrate import calibrate_judge
 from plan import print_plan
 from policy import named_weights, prompt_ids, save_policy
-from prepare import set_up
+from prepare import say, set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
-from runs import Interrupted
 from sampler import SamplingParams, address_seed
 from scaffold import scaffold_ratios
 
@@ -52,7 +52,8 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
     """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k,
                             logprobs=unfiltered(config))
-    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=None) as bar:
+    silent = None if ranks.leader() else True  # None: where there is no terminal
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=silent) as bar:
         skipped = 0  # steps in a row
         for step in range(start, config.steps):
             began = time.monotonic()
@@ -71,22 +72,22 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
             set_advantages(rollouts, config.group_size)
             probes = [] if unfiltered(config) else sample_probes(config, sampler, [r.plain_ids for r in rollouts])
             sampler.sleep()
-            with run.undivided():  # an interrupt waits until the new weights have their row
-                row |= update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar)
-                sampler.sync(named_weights(policy))
+            row |= update_policy(config, rollouts, probes, policy, reference, optimizer, autocast, bar)
+            sampler.sync(named_weights(policy))
 
-                row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
-                row["time/step"] = time.monotonic() - stepped
-                row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
-                row["time/total"] = time.monotonic() - began
-                run.save_rollouts(f"step_{step:05d}", rollouts)
-                run.log(row)
+            row |= {"scaffold/ratio": sum(ratios) / len(ratios), **rollout_metrics(rollouts, config.group_size)}
+            row["time/step"] = time.monotonic() - stepped
+            row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
+            row["time/total"] = time.monotonic() - began
+            run.save_rollouts(f"step_{step:05d}", rollouts)
+            run.log(row)
             skipped = skipped + 1 if row["skipped_steps"] else 0
             stop_if_skipped(config, skipped)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 bar.set_description("saving")
-                run.save_checkpoint(step + 1, policy, optimizer)
-            report.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
+                run.save_checkpoint(policy, optimizer)
+            if ranks.leader():
+                report.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
         scores = evaluate(config, config.steps, sampler, judge, tokenizer, held_out, params, run, bar)
         run.log({"step": config.steps, **scores})
 
@@ -106,7 +107,7 @@ def tasks_of_step(config, step, tasks):
 def stop_if_unjudged(config, unknown, judge):
     """Raise Stopped when too many verdicts could not be had: training on the rest would be training on luck."""
     if unknown > config.max_unknown:
-        reason = judge.counts()[2]
+        reason = next(filter(None, ranks.gather(judge.counts()[2])), None)
         raise Stopped(f"{unknown:.0%} of the verdicts could not be had (limit {config.max_unknown:.0%}, --max-unknown)"
                       + (f"; the last error: {reason}" if reason else ""))
 
@@ -164,11 +165,14 @@ def unfiltered(config):
 
 
 def sample_probes(config, sampler, prompts):
-    """(prompt, Response) of 8 short unfiltered samples, by which sampler and trainer are compared."""
-    prompts = prompts[:: max(1, len(prompts) // 8)][:8]
+    """(prompt, Response) of 8 short unfiltered samples, by which sampler and trainer are compared; more for more ranks."""
+    probes = max(8, ranks.size())
+    prompts = ranks.share(list(enumerate(prompts[:: max(1, len(prompts) // probes)][:probes])))
     params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)
-    seeds = [address_seed(config.seed, "probe", i) for i in range(len(prompts))]
-    return [(prompts[response.index], response) for response in sampler.sample(prompts, seeds, params)]
+    seeds = [address_seed(config.seed, "probe", i) for i, _ in prompts]
+    responses = sampler.sample([prompt for _, prompt in prompts], seeds, params)
+    own = [(prompts[response.index][1], response) for response in responses]
+    return [probe for part in ranks.gather(own if ranks.speaks() else []) for probe in part]
 
 
 def score_probes(config, policy, probes, autocast):
@@ -206,7 +210,7 @@ def check_sync(config, policy, sampler, held_out, tokenizer, autocast):
              f"(max {same['gap/max']:.2g})")
     if other["gap/mean"] < 0.2 or (same["gap/max"] > 1e-4 if exact else same["gap/mean"] > 0.1):
         raise ValueError(f"--check-sync: the sampler does not follow the policy: {found} nats a token")
-    tqdm.write(f"check-sync: {found} nats a token", sys.stderr)
+    say(f"check-sync: {found} nats a token")
 
 
 def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar):
@@ -235,6 +239,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, params, run, bar
 
 def main(action, config: Config):
     """Train, plan or calibrate. Returns the exit status: 2 for a mistake of the user's, 1 for a run that had to stop."""
+    if action != "train" and os.environ.get("RANK", "0") != "0":
+        return 0  # one answer is enough
     try:
         if action == "plan":
             return 0 if print_plan(config) else 1
@@ -244,25 +250,30 @@ def main(action, config: Config):
         if config.check_sync:
             check_sync(config, **{name: parts[name] for name in ("policy", "sampler", "held_out", "tokenizer", "autocast")})
     except (ValueError, OSError) as error:
-        print(f"ruscarl.py: error: {error}", file=sys.stderr)
+        ranks.complain(f"ruscarl.py: error: {error}")
         return 2
     run = parts["run"]
-    print(f"{run.folder}: {config.model} on {config.tasks}, {config.preset} preset, {config.steps - parts['start']} steps")
+    if ranks.leader():
+        print(f"{run.folder}: {config.model} on {config.tasks}, {config.preset} preset, {config.steps - parts['start']} "
+              f"steps{f' on {ranks.size()} ranks' if ranks.size() > 1 else ''}")
     try:
-        run.listen()
+        ranks.listen()
         try:
             train(config, **parts)
-        except (Stopped, Interrupted):
-            run.save_checkpoint(run.steps_done(), parts["policy"], parts["optimizer"])
+        except (Stopped, ranks.Interrupted):
+            run.save_checkpoint(parts["policy"], parts["optimizer"])
             raise
         save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
-        run.draw_curves()
-        report.summary(run, config)
+        if ranks.leader():
+            run.draw_curves()
+            report.summary(run, config)
+        ranks.leave()
         return 0
-    except (Stopped, Interrupted, OSError) as error:  # OSError: a disk that is full
-        print(f"ruscarl.py: stopped: {error}; continue with --resume --runs {config.runs} --name {config.name}",
-              file=sys.stderr, flush=True)
-        return error.status if isinstance(error, Interrupted) else 1
+    except (Stopped, ranks.Interrupted, ranks.Lost, OSError) as error:  # OSError: a disk that is full
+        if ranks.leader() or isinstance(error, ranks.Lost):
+            print(f"ruscarl.py: stopped: {error}; continue with --resume --runs {config.runs} --name {config.name}",
+                  file=sys.stderr, flush=True)
+        return error.status if isinstance(error, ranks.Interrupted) else 1
     finally:
         parts["judge"].close()
 

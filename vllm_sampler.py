@@ -12,6 +12,7 @@ import warnings
 
 import torch
 
+import ranks
 from sampler import Response, SamplingParams
 
 
@@ -60,10 +61,12 @@ class VLLMSampler:
     config: the policy's transformers config. The engine is built from it alone, with arbitrary weights; `sync` has to
     come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
     tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake; on CPU the key-value cache
-    takes 1 GiB, or what one sequence needs. Raises ValueError for a model or a machine that vLLM refuses.
+    takes 1 GiB, or what one sequence needs. tensor_parallel: ranks that share an engine, and have to sample the same
+    prompts. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
-    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5):
+    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,
+                 tensor_parallel=1):
         self._vllm = _import_vllm()
         self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
         self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
@@ -75,6 +78,8 @@ class VLLMSampler:
                        "max_num_seqs": 128,
                        # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+        if ranks.size() > 1:  # the engine's workers are the ranks that are there already
+            options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import grpo
 from conftest import tiny_model, tiny_tokenizer
 from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, pack_mask, policy_loss, response_logprobs
@@ -242,6 +243,8 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
     for model in (plain, sharded):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=0, world_size=1,
+                                         store=torch.distributed.HashStore())
     shard(sharded, device, torch.float32, offload)
     stats = []
     for model in (plain, sharded):
@@ -251,10 +254,13 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
     assert stats[0] == pytest.approx(stats[1], abs=1e-5)
     whole = dict(named_weights(sharded))
     assert all(torch.allclose(p.cpu(), whole[name].cpu(), atol=1e-6) for name, p in named_weights(plain))
-    torch.save({"model": sharded.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    sharded.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    checkpoints.save(tmp_path, 3, sharded, optimizer, keep=1)
+    state = {name: tensor.clone() for name, tensor in checkpoints.training_state(sharded, optimizer).items()}
+    grpo.update(sharded, optimizer, [make_samples()], LossParams())
+    assert checkpoints.load_newest(tmp_path, sharded, optimizer) == 3
+    for name, tensor in checkpoints.training_state(sharded, optimizer).items():
+        assert torch.equal(getattr(tensor, "full_tensor", lambda: tensor)(), getattr(state[name], "full_tensor",
+                                                                                    lambda: state[name])()), name
     save_policy(sharded, tiny_tokenizer(), tmp_path / "policy")
     loaded, _ = load_policy(tmp_path / "policy")
     assert all(torch.allclose(p, whole[name].cpu(), atol=1e-6) for name, p in named_weights(loaded))

@@ -1,0 +1,126 @@
+"""Checkpoints: weights and AdamW's moments in safetensors, each rank its own shard, readable by any number of ranks.
+
+    checkpoints/step_00010/shard-00001-model-....safetensors    and so on, a few for each rank
+
+There is nothing else to keep: which tasks come next and every draw follow from the seed and the number of steps done.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import ranks
+
+FILE_BYTES = 2**30  # a file is put together in memory before it is written
+
+
+def training_state(model, optimizer, steps_done=0):
+    """{name: tensor} of all that a step changes: parameters, AdamW's moments (zeros where it has made no step), steps."""
+    state = {"steps_done": torch.tensor(steps_done)}
+    for name, parameter in model.named_parameters():
+        weights, of_adam = parameter.detach(), optimizer.state[parameter]
+        if not of_adam:
+            of_adam.update(step=torch.zeros(()), exp_avg=torch.zeros_like(weights), exp_avg_sq=torch.zeros_like(weights))
+        state[f"model.{name}"] = weights
+        state |= {f"{kind}.{name}": tensor for kind, tensor in of_adam.items()}
+    return state
+
+
+def save(folder, steps_done, model, optimizer, keep):
+    """Write step_<steps_done> in `folder` and remove all but the newest `keep`.
+
+    Written beside its place, flushed to the disk and renamed: a kill or a full disk leaves the older ones whole. All ranks
+    take part, in a folder that all see. Raises OSError, on every rank, where it cannot be written.
+    """
+    place, part = Path(folder) / f"step_{steps_done:05d}", Path(folder) / "part"
+    state = training_state(model, optimizer, steps_done)
+    files, size = {}, 0
+    for name, tensor in state.items():
+        size += tensor.nbytes // ranks.size()
+        files[name] = 1 + size // FILE_BYTES
+    writer = dcp.HuggingFaceStorageWriter(part, files, save_distributed=True)
+
+    def make_part():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def rename():
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(part, place)
+        for old in whole_ones(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    try:
+        _by_leader(make_part)
+        with _quiet():
+            dcp.save(state, storage_writer=writer)
+        _by_leader(rename)
+    except (OSError, dcp.CheckpointException) as error:
+        if ranks.leader():
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot save {place}: {_reason(error)}") from None
+
+
+def _by_leader(function):
+    """Let the leader call it; an OSError of its is raised on every rank."""
+    error = None
+    if ranks.leader():
+        try:
+            function()
+        except OSError as caught:
+            error = caught
+    if error := ranks.gather(error)[0]:
+        raise error
+
+
+def whole_ones(folder):
+    """Folders of the checkpoints in `folder`, oldest first."""
+    return sorted(Path(folder).glob("step_*"))
+
+
+def load_newest(folder, model, optimizer):
+    """Restore the newest checkpoint in `folder` that can be read; returns the number of steps done.
+
+    One that cannot be read is told and skipped. 0, and nothing restored, where there is none. Raises ValueError where
+    there are some, but none can be read.
+    """
+    part, folders = Path(folder) / "part", whole_ones(folder)
+    if part.exists():
+        _tell(f"{part}: a half-written checkpoint, not used")
+    for place in reversed(folders):
+        state = training_state(model, optimizer)
+        try:
+            with _quiet():
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
+            return state["steps_done"].item()
+        except dcp.CheckpointException as error:
+            reason = f"{place}: unreadable checkpoint: {_reason(error)}"
+            if place == folders[0]:
+                raise ValueError(reason) from None
+            _tell(f"{reason}; the one before it is used")
+    return 0
+
+
+def _tell(line):
+    if ranks.leader():
+        print(line, file=sys.stderr)
+
+
+def _reason(error):
+    """The first line of an error, of the first rank that had one."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    return (str(min(failures.items())[1][0]).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
