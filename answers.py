@@ -111,7 +111,7 @@ def complete(side, config, tasks, samples, policy, tokenizer, context, setup):
                 samples.add(records, by_id)
                 bar.update(len(chunk))
     finally:
-        if setup.vllm and sampler is not None:  # there can be one engine at a time
+        if sampler is not None:  # there can be one engine at a time
             sampler.sleep()
             sampler.close()
         del sampler, judge

@@ -47,21 +47,18 @@ def join(device, team=1):
     import torch
     import torch.distributed as dist
 
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if team > 1 and int(os.environ.get("WORLD_SIZE", 1)) % team:
-        raise ValueError(f"--tensor-parallel {team}: torchrun's {os.environ.get('WORLD_SIZE', 1)} processes cannot be "
-                         "divided by it")
-    if dist.is_initialized() or not (launched or device == "cuda"):
-        return
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if not launched:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, _rank, _size = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size)
+        _store = dist.PrefixStore("meetings", store)
+    elif device == "cuda" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, _rank, _size = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size)
-    _store, _team = dist.PrefixStore("meetings", store), team
+    if _size % team:
+        raise ValueError(f"--tensor-parallel {team}: the number of ranks, {_size}, cannot be divided by it")
+    _team = team
 
 
 def leave():
@@ -136,7 +133,7 @@ def meet(word=0, patience=float("inf")):
             for other in range(_size):
                 _store.delete_key(f"{_meetings - 1}/{other}")
     except RuntimeError as error:  # the store has gone with the rank that held it
-        raise error if isinstance(error, Lost) else Lost("rank 0 is gone") from None
+        raise error if isinstance(error, Lost) else Lost("the place where ranks meet is gone") from None
     return words
 
 

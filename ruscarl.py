@@ -267,6 +267,7 @@ def main(action, config: Config):
         if ranks.leader():
             run.draw_curves()
             report.summary(run, config)
+        parts["sampler"].close()
         ranks.leave()
         return 0
     except (Stopped, ranks.Interrupted, ranks.Lost, OSError) as error:  # OSError: a disk that is full

@@ -6,6 +6,7 @@ needs nothing but torch.
     sample(prompts, seeds, params)   yields a Response for each prompt as it finishes
     sync(weights)                    takes over the policy's weights, a stream of (name, tensor)
     sleep()                          leaves its memory to the update, until the next sync
+    close()                          ends it
 
 The sampler holds a copy of the policy in its own precision: a cache that `sync` refreshes after every update. Each
 response draws from a generator of its own, whose seed is its address (seed, step, group, sample), so a response does
@@ -140,6 +141,9 @@ class TransformersSampler:
 
     def sleep(self):
         """Nothing to give back: the copy stays."""
+
+    def close(self):
+        """Nothing to shut down."""
 
     @torch.inference_mode()
     def sample(self, prompts, seeds, params):

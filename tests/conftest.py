@@ -1,10 +1,14 @@
-"""A tiny random chat model, and a local HTTP server that misbehaves on request."""
+"""A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +108,81 @@ def write_tasks(path, rubric):
 def read(path):
     """The rows of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+LETTERS = [{"criterion": f"Has the letter {letter}.", "points": points, "tags": [
+    "verifier:rule", "function:regex", f'parameters:{{"pattern": "{letter}"}}']}
+    for letter, points in (("a", 2), ("e", 1), ("o", -1), ("i", 2))]
+
+
+def flags_in(model_folder, folder):
+    """A run of 6 steps that takes seconds."""
+    write_tasks(folder / "letters.jsonl", LETTERS)
+    return ["--model", model_folder, "--preset", "laptop", "--tasks", folder / "letters.jsonl",
+            "--runs", folder / "runs", "--steps", "6", "--group-size", "4", "--batch-size", "2",
+            "--mini-batch-size", "1", "--max-new-tokens", "12",
+            "--max-prompt-tokens", "500", "--held-out", "3", "--eval-every", "3", "--eval-samples", "2", "--save-every", "1",
+            "--dtype", "float32", "--sampler", "transformers", "--kl", "0.01", "--lr", "1e-3"]
+
+
+@pytest.fixture
+def flags(model_folder, tmp_path):
+    """Flags of a run in a folder of its own."""
+    return flags_in(model_folder, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def uncut(model_folder, tmp_path_factory):
+    """Folder of the same run, never interrupted."""
+    folder = tmp_path_factory.mktemp("uncut")
+    status, _, err, _ = command(RUN, *flags_in(model_folder, folder), "--name", "whole")
+    assert status == 0, err
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture
+def whole(uncut):
+    """Its metrics."""
+    return rows(uncut)
+
+
+def rows(folder):
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and "second" not in k}
+            for row in read(folder / "metrics.jsonl")]
+
+
+class Terminal:
+    """A command whose progress bar is read, as on a terminal: what it shows says where in a step it is."""
+
+    def __init__(self, *args):
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 150))
+        self.text, self.ours = "", ours
+        self.process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                        stderr=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        os.close(theirs)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # the other side is closed
+            while data := os.read(self.ours, 65536):
+                self.text += data.decode(errors="replace")
+
+    def until(self, phase, after):
+        """Return as soon as the bar shows `phase` in a step later than `after`."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            steps = re.findall(rf"{phase}[^\r\n]*\| (\d)/6", self.text)
+            if steps and int(steps[-1]) > after:
+                break
+            time.sleep(0.001)
+
+    def send(self, number, phase, after):
+        """Signal `number` then; returns the exit status."""
+        self.until(phase, after)
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
 
 
 class Server:

@@ -3,96 +3,21 @@
 import contextlib
 import io
 import os
-import pty
-import re
 import resource
 import signal
 import subprocess
 import sys
-import termios
-import threading
-import time
 
 import pytest
 import torch
 
 import ruscarl
 from config import Config
-from conftest import ROOT, RUN, command, read, tiny_model, write_tasks
+from conftest import ROOT, RUN, Terminal, command, read, rows, tiny_model
 from judge import Judge
 from runs import Run
 from sampler import TransformersSampler
 from tasks import load_tasks, split_tasks
-
-RUBRIC = [{"criterion": f"Has the letter {letter}.", "points": points, "tags": [
-    "verifier:rule", "function:regex", f'parameters:{{"pattern": "{letter}"}}']}
-    for letter, points in (("a", 2), ("e", 1), ("o", -1), ("i", 2))]
-
-
-def flags_in(model_folder, folder):
-    """A run of 6 steps that takes seconds."""
-    write_tasks(folder / "letters.jsonl", RUBRIC)
-    return ["--model", model_folder, "--preset", "laptop", "--tasks", folder / "letters.jsonl",
-            "--runs", folder / "runs", "--steps", "6", "--group-size", "4", "--batch-size", "2",
-            "--mini-batch-size", "1", "--max-new-tokens", "12",
-            "--max-prompt-tokens", "500", "--held-out", "3", "--eval-every", "3", "--eval-samples", "2", "--save-every", "1",
-            "--dtype", "float32", "--sampler", "transformers", "--kl", "0.01", "--lr", "1e-3"]
-
-
-@pytest.fixture
-def flags(model_folder, tmp_path):
-    """Flags of a run in a folder of its own."""
-    return flags_in(model_folder, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def uncut(model_folder, tmp_path_factory):
-    """Folder of the same run, never interrupted."""
-    folder = tmp_path_factory.mktemp("uncut")
-    status, _, err, _ = command(RUN, *flags_in(model_folder, folder), "--name", "whole")
-    assert status == 0, err
-    return folder / "runs" / "whole"
-
-
-@pytest.fixture
-def whole(uncut):
-    """Its metrics."""
-    return rows(uncut)
-
-
-def rows(folder):
-    """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and "second" not in k}
-            for row in read(folder / "metrics.jsonl")]
-
-
-class Terminal:
-    """A command whose progress bar is read, as on a terminal: what it shows says where in a step it is."""
-
-    def __init__(self, *args):
-        ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (24, 150))
-        self.text, self.ours = "", ours
-        self.process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                        stderr=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        os.close(theirs)
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        with contextlib.suppress(OSError):  # the other side is closed
-            while data := os.read(self.ours, 65536):
-                self.text += data.decode(errors="replace")
-
-    def send(self, number, phase, after):
-        """Signal `number` as soon as the bar shows `phase` in a step later than `after`; returns the exit status."""
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self.process.poll() is None:
-            steps = re.findall(rf"{phase}[^\r\n]*\| (\d)/6", self.text)
-            if steps and int(steps[-1]) > after:
-                break
-            time.sleep(0.001)
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
 
 
 @pytest.mark.parametrize("phase", ["sampling", "updating", "saving"])
@@ -131,7 +56,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(flags, whole, tmp_path):
     terminal.send(signal.SIGKILL, "sampling", after=2)
     folder = tmp_path / "runs" / "full"
     before = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-    size = (folder / "checkpoints" / before[-1] / "state.pt").stat().st_size
+    size = next((folder / "checkpoints" / before[-1]).iterdir()).stat().st_size
     done = subprocess.run([sys.executable, RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume"], cwd=ROOT,
                           text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
@@ -147,12 +72,14 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(flags, whole, tm
     terminal.send(signal.SIGKILL, "sampling", after=3)
     folders = sorted((tmp_path / "runs" / "torn" / "checkpoints").glob("step_*"))
     assert len(folders) == 2  # --keep-checkpoints
-    state = folders[-1] / "state.pt"
-    state.write_bytes(state.read_bytes()[:5000])
+    (shard,) = folders[-1].iterdir()
+    shard.write_bytes(shard.read_bytes()[:500_000])
+    (folders[-1].parent / "part").mkdir()
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
-    assert status == 0 and f"{folders[-1].name}/state.pt: unreadable checkpoint" in err, err
+    assert status == 0 and f"{folders[-1].name}: unreadable checkpoint" in err, err
+    assert "part: a half-written checkpoint, not used" in err
     assert rows(tmp_path / "runs" / "torn") == whole
-    for path in (tmp_path / "runs" / "torn" / "checkpoints").rglob("state.pt"):
+    for path in (tmp_path / "runs" / "torn" / "checkpoints").rglob("*.safetensors"):
         path.write_bytes(b"")
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
     assert status == 2 and "unreadable checkpoint" in err and "Traceback" not in err

@@ -1,0 +1,125 @@
+"""Several ranks on one machine: the same result as one rank, and nothing lost when one of them dies."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import RUN, Terminal, command, needs_vllm, read, rows
+from two_ranks import CASES, gradients
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def same(ours, theirs):
+    """Whether two runs have the same rows up to rounding."""
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs):
+        assert row == {name: pytest.approx(value, abs=3e-5, rel=1e-5) for name, value in other.items()}, row["step"]
+
+
+def processes(terminal):
+    """{rank: process id} of what torchrun has started."""
+    found = {}
+    for task in os.listdir(f"/proc/{terminal.process.pid}/task"):
+        with open(f"/proc/{terminal.process.pid}/task/{task}/children") as file:
+            for child in file.read().split():
+                with open(f"/proc/{child}/environ") as environment:
+                    of_child = dict(line.split("=", 1) for line in environment.read().split("\0") if "=" in line)
+                found[int(of_child["RANK"])] = int(child)
+    return found
+
+
+def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
+    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "write_gradients", tmp_path)
+    assert status == 0, err
+    for name, arguments in CASES.items():
+        ours, theirs = load_file(tmp_path / f"{name}.safetensors"), gradients(*arguments)
+        assert ours.keys() == theirs.keys() and ours["1.loss"] != 0
+        close = 2e-3 if name == "bfloat16" else 1e-5
+        for key in theirs:
+            assert torch.allclose(ours[key].float(), theirs[key].float(), atol=close, rtol=1e-5), (name, key)
+        assert max(theirs[key].abs().max() for key in theirs if key.endswith("proj.weight")) > 10 * close
+
+
+def test_two_ranks_train_as_one_and_one_continues_what_two_began(flags, uncut, whole, tmp_path):
+    terminal = Terminal(*TORCHRUN, RUN, *flags, "--name", "two")
+    terminal.until("updating", after=2)
+    for process in (*processes(terminal).values(), terminal.process.pid):
+        os.kill(process, signal.SIGKILL)
+    terminal.process.wait()
+    folder = tmp_path / "runs" / "two"
+    same(rows(folder), whole[: len(rows(folder))])
+    for step in range(3):
+        name = f"rollouts/step_{step:05d}.jsonl"
+        assert [r["response"] for r in read(folder / name)] == [r["response"] for r in read(uncut / name)]
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "two", "--resume")
+    assert status == 0, err
+    same(rows(folder), whole)
+    ours, theirs = (load_file(run / "policy" / "model.safetensors") for run in (folder, uncut))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+
+
+def test_asked_to_leave_they_save_and_two_continue_what_one_began(flags, whole, tmp_path):
+    terminal = Terminal(RUN, *flags, "--name", "one", "--save-every", "100")
+    assert terminal.send(signal.SIGINT, "sampling", after=0) == 130
+    terminal = Terminal(*TORCHRUN, RUN, "--runs", tmp_path / "runs", "--name", "one", "--resume")
+    assert terminal.send(signal.SIGTERM, "sampling", after=2) == 1
+    assert terminal.text.count("stopped: SIGTERM; continue with --resume") == 1
+    folder = tmp_path / "runs" / "one"
+    done = len(rows(folder))
+    assert (folder / "checkpoints" / f"step_{done:05d}").exists()
+    status, _, err, _ = command(*TORCHRUN, RUN, "--runs", tmp_path / "runs", "--name", "one", "--resume")
+    assert status == 0, err
+    same(rows(folder), whole)
+
+
+@pytest.mark.parametrize("dying, phase", [(1, "sampling"), (0, "updating")])
+def test_when_one_dies_the_others_end_within_a_minute(flags, whole, tmp_path, dying, phase):
+    terminal = Terminal(*TORCHRUN, RUN, *flags, "--name", "dead")
+    terminal.until(phase, after=1)
+    started = processes(terminal)
+    os.kill(started[dying], signal.SIGKILL)
+    start = time.monotonic()
+    assert terminal.process.wait(timeout=90) == 1
+    assert time.monotonic() - start < 60
+    assert not any(os.path.exists(f"/proc/{process}") for process in started.values())
+    if phase == "sampling":
+        assert f"stopped: rank {dying} is gone; continue with --resume" in terminal.text
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "dead", "--resume")
+    assert status == 0, err
+    same(rows(tmp_path / "runs" / "dead"), whole)
+
+
+@needs_vllm
+def test_every_rank_has_its_engine_or_all_share_one(flags, tmp_path):
+    short = [*flags, "--sampler", "vllm", "--steps", "2", "--eval-every", "2", "--check-sync"]
+    for name, how in (("one", ()), ("two", TORCHRUN), ("shared", TORCHRUN)):
+        more = ["--tensor-parallel", "2"] if name == "shared" else []
+        status, _, err, _ = command(*how, RUN, *short, *more, "--name", name, timeout=300)
+        assert status == 0 and "check-sync: mean gap" in err and "Traceback" not in err, err
+        same(*(rows(tmp_path / "runs" / run) for run in (name, "one")))
+
+
+def test_no_time_out_runs_while_another_rank_judges(tmp_path):
+    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "wait_for_a_judge", tmp_path)
+    assert status == 0, err
+    assert (tmp_path / "timed out").exists()
+
+
+def test_a_disk_that_is_full_for_one_rank(tmp_path):
+    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "fill_the_disk", tmp_path)
+    assert status == 0, err
+    assert (tmp_path / "told 0").exists() and (tmp_path / "told 1").exists()
+
+
+@pytest.mark.parametrize("mistake, message", [
+    (["--steps", "0"], "--steps must be above 0"), (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
+    (["--tensor-parallel", "3"], "--tensor-parallel 3: the number of ranks, 2, cannot be divided by it"),
+])
+def test_a_mistake_is_told_once(flags, mistake, message):
+    status, out, err, _ = command(*TORCHRUN, RUN, *flags, *mistake)
+    assert status == 1 and err.count(message) == 1 and "ruscarl.py: error: " in err and out == "", err

@@ -1,0 +1,95 @@
+"""What the ranks of test_ranks.py do; torchrun starts it. Also imported there, for one rank to do the same."""
+
+import datetime
+import functools
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+import checkpoints
+import grpo
+import ranks
+from policy import named_weights, shard
+from test_grpo import make_samples, nudged, tiny_model
+
+
+def gradients(ratio, autocast=None):
+    """{name: tensor} of loss, statistics and gradients of the first step, and the weights after a second one.
+
+    Plain gradient descent at learning rate 1 leaves the gradient as the difference of weights. 3 packs and 2 ranks: in the
+    last turn one rank has nothing to do.
+    """
+    policy, reference = tiny_model(1), nudged(tiny_model(1), 2).requires_grad_(False)
+    before = {name: weight.clone() for name, weight in named_weights(policy)}
+    if ranks.size() > 1:
+        shard(policy, "cpu", torch.float32, offload=False)
+        shard(reference, "cpu", torch.float32, offload=False)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1)
+    params, found = grpo.LossParams(kl_coef=0.1), {}
+    for step in (1, 2):
+        samples = make_samples(step)
+        for sample in samples:
+            sample.old_prompt_ids = [3, *sample.prompt_ids] if ratio == "unbiased" else sample.prompt_ids
+            sample.importance = torch.linspace(0.5, 1.5, len(sample.response_ids))
+        stats = grpo.update(policy, optimizer, [samples], params, reference=reference, token_budget=60, max_grad_norm=1e9,
+                            autocast=autocast)
+        assert all(sample.old_logp is not None for sample in samples)  # every rank knows those of all
+        after = {name: weight.clone() for name, weight in named_weights(policy)}
+        found |= {f"{step}.{name}": before[name] - weight for name, weight in after.items()}
+        found |= {f"{step}.{name}": torch.tensor(value) for name, value in stats.items()}
+    return found
+
+
+def write_gradients(folder):
+    """Write what `gradients` finds for both ratios, and in bfloat16."""
+    ranks.join("cpu")
+    for name, arguments in CASES.items():
+        found = gradients(*arguments)
+        if ranks.leader():
+            save_file(found, Path(folder) / f"{name}.safetensors")
+
+
+CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", torch.bfloat16)}
+
+
+def wait_for_a_judge(folder):
+    """One rank takes three times as long as the group's time-out before it meets the others."""
+    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=2))
+    ranks.join("cpu")
+    with ranks.together():
+        time.sleep(6 * ranks.rank())
+    assert ranks.gather(ranks.rank()) == [0, 1]
+    try:  # and the time-out is really that short
+        if ranks.leader():
+            ranks.gather(0)
+    except RuntimeError:
+        (Path(folder) / "timed out").touch()
+
+
+def fill_the_disk(folder):
+    """Only one rank cannot write: all are told, and what was there stays."""
+    import resource
+
+    ranks.join("cpu")
+    policy = shard(tiny_model(1), "cpu", torch.float32, offload=False)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    checkpoints.save(folder, 1, policy, optimizer, keep=1)
+    if not ranks.leader():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        checkpoints.save(folder, 2, policy, optimizer, keep=1)
+    except OSError as error:
+        assert "cannot save" in str(error) and "File too large" in str(error), error
+        ranks.meet()
+        assert [path.name for path in Path(folder).iterdir()] == ["step_00001"]
+        assert checkpoints.load_newest(folder, policy, optimizer) == 1
+        ranks.gather((Path(folder) / f"told {ranks.rank()}").touch())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](sys.argv[2])
