@@ -6,6 +6,7 @@ There is nothing else to keep: which tasks come next and every draw follow from 
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 import ranks
 
-FILE_BYTES = 2**30  # a file is put together in memory before it is written
+FILE_BYTES = 2**27  # a file is put together in memory before it is written
 
 
 def training_state(model, optimizer, steps_done=0):
@@ -120,7 +121,11 @@ def _reason(error):
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the warning that a single process is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+    """Without warnings: that a single process is a single process, and tracebacks of what is told in one line."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

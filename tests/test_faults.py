@@ -1,19 +1,23 @@
 """Faults, done for real: kills, signals, a full disk, a broken checkpoint, gradients that are not finite."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 import ruscarl
 from config import Config
-from conftest import ROOT, RUN, Terminal, command, read, rows, tiny_model
+from conftest import ROOT, RUN, Server, Terminal, command, completion, flags_in, read, rows, tiny_model, write_tasks
 from judge import Judge
 from runs import Run
 from sampler import TransformersSampler
@@ -83,6 +87,73 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(flags, whole, tm
         path.write_bytes(b"")
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
     assert status == 2 and "unreadable checkpoint" in err and "Traceback" not in err
+
+
+def verdict(body, number):
+    """A judge's answer that depends on what it is asked only."""
+    asked = json.dumps([message["content"] for message in body["messages"]])
+    return completion(json.dumps({"explanation": "", "criteria_met": hashlib.sha256(asked.encode()).digest()[0] % 2 == 0}))
+
+
+def judged_by(url, flags, folder):
+    """`flags` of a run whose criteria only a language model can check."""
+    rubric = [{"criterion": f"Is {word}.", "points": 1} for word in ("kind", "calm", "brief", "new")]
+    write_tasks(folder / "open.jsonl", rubric)
+    return [*flags, "--tasks", folder / "open.jsonl", "--judge-url", url, "--judge-model", "judge"]
+
+
+@pytest.fixture(scope="module")
+def well_judged(model_folder, tmp_path_factory):
+    """What a run gets whose judge never fails."""
+    folder, server = tmp_path_factory.mktemp("judged"), Server()
+    server.answers = verdict
+    status, _, err, _ = command(RUN, *judged_by(server.url, flags_in(model_folder, folder), folder), "--name", "good")
+    server.close()
+    assert status == 0, err
+    return rows(folder / "runs" / "good")
+
+
+def test_a_judge_that_is_down_for_a_while_is_waited_for(flags, well_judged, tmp_path):
+    server = Server()
+    server.answers = verdict
+    terminal = Terminal(RUN, *judged_by(server.url, flags, tmp_path), "--name", "waited")
+    while len(server.requests) < 40:
+        time.sleep(0.001)
+    server.close()
+    time.sleep(float(os.environ.get("OUTAGE_SECONDS", "5")))
+    again = Server(int(server.url.split(":")[2].split("/")[0]))
+    again.answers = verdict
+    assert terminal.process.wait(timeout=120) == 0, terminal.text
+    again.close()
+    assert "cannot be reached; waiting for it" in terminal.text
+    assert rows(tmp_path / "runs" / "waited") == well_judged
+
+
+def test_one_verdict_in_twenty_that_fails_is_unknown_and_the_run_goes_on(flags, server, tmp_path):
+    server.answers = lambda body, n: verdict(body, n) if n % 20 else (404, {}, "")
+    status, _, err, _ = command(RUN, *judged_by(server.url, flags, tmp_path), "--max-unknown", "0.2", "--name", "some")
+    assert status == 0, err
+    folder = tmp_path / "runs" / "some"
+    unknown = [row["judge/unknown"] for row in read(folder / "metrics.jsonl") if "loss" in row]
+    assert 0.03 < sum(unknown) / len(unknown) < 0.07
+    for row in [r for step in range(6) for r in read(folder / f"rollouts/step_{step:05d}.jsonl")]:
+        missing = any(criterion["met"] is None for criterion in row["criteria"])
+        assert (row["reward"] is None) == missing and (not missing or row["advantage"] == 0)
+
+
+@pytest.mark.parametrize("share", [0.2, 1])
+def test_a_judge_that_fails_too_often_stops_the_run_which_can_go_on(flags, well_judged, server, tmp_path, share):
+    asked = 3 * 2 * 4 + 2 * 2 * 4 * 4  # criteria of the first evaluation and of two steps
+    server.answers = lambda body, n: (404, {}, "") if n > asked and n % (1 / share) < 1 else verdict(body, n)
+    status, _, err, _ = command(RUN, *judged_by(server.url, flags, tmp_path), "--name", "bad")
+    assert status == 1 and "Traceback" not in err, err
+    assert re.search(r"stopped: \d+% of the verdicts could not be had \(limit 10%, --max-unknown\); .*HTTP 404", err), err
+    folder = tmp_path / "runs" / "bad"
+    assert rows(folder) == well_judged[:2]
+    server.answers = verdict
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "bad", "--resume")
+    assert status == 0, err
+    assert rows(folder) == well_judged
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_then_stop_the_run(flags, tokenizer, tmp_path):
