@@ -11,16 +11,19 @@ update deals out packs (grpo.update); rank 0, the leader, writes and speaks for 
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
+import threading
 import time
 
 PATIENCE = 20  # seconds that a rank which was told to leave waits for the others; torchrun kills it after 30
+BEAT, SILENCE = 5, 40  # seconds between signs of life; without one for how long a rank counts as dead
 
 _rank, _size, _team = 0, 1, 1
 _store = None  # where ranks meet; None in a run of one process
-_meetings = 0
+_meetings, _left = 0, False
 _signal, _heard_at, _obedient = None, 0.0, False
 
 
@@ -56,15 +59,50 @@ def join(device, team=1):
         _store = dist.PrefixStore("meetings", store)
     elif device == "cuda" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if _size > 1:
+        _store.set(f"alive/{_rank}", "")
+        meet()
+        threading.Thread(target=_watch, daemon=True).start()
     if _size % team:
         raise ValueError(f"--tensor-parallel {team}: the number of ranks, {_size}, cannot be divided by it")
     _team = team
 
 
+def _watch():
+    """Show the others that this rank lives, and end it when one of them does not: it would wait in a collective, for long.
+
+    Where all are on one machine torchrun is faster; of the ranks on another it knows nothing.
+    """
+    heard, silent = [(b"", time.monotonic())] * _size, []  # each rank's last beat, and when it was new
+    for beat in itertools.count():
+        try:
+            _store.set(f"alive/{_rank}", str(beat))
+            for other, (last, since) in enumerate(heard):
+                said = _store.get(f"alive/{other}")
+                if said != last or _store.check([f"left/{other}"]):
+                    heard[other] = said, time.monotonic()
+                elif time.monotonic() - since > SILENCE:
+                    silent.append(str(other))
+        except RuntimeError:  # the place is gone; if this rank comes to a meeting, it can say so itself
+            time.sleep(SILENCE)
+            silent = ["0"]
+        if _left:
+            return
+        if silent:
+            print(f"rank {_rank}: stopped: rank {', '.join(silent)} is gone; continue with --resume", file=sys.stderr,
+                  flush=True)
+            os._exit(1)
+        time.sleep(BEAT)
+
+
 def leave():
-    """Give up the process group, at the end of a run that went well."""
+    """Give up the group, when all do: at the end of a run, or where all stop together."""
+    global _left
     import torch.distributed as dist
 
+    if _size > 1:
+        _left = True
+        _store.set(f"left/{_rank}", "")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -252,31 +252,43 @@ def main(action, config: Config):
     except (ValueError, OSError) as error:
         ranks.complain(f"ruscarl.py: error: {error}")
         return 2
-    run = parts["run"]
+    try:
+        status = train_and_save(config, parts)  # all ranks come out of it together
+        parts["sampler"].close()
+        ranks.leave()
+        return status
+    except (ranks.Lost, OSError) as error:  # OSError: a disk that is full
+        say_stopped(error, config, ranks.leader() or isinstance(error, ranks.Lost))
+        return 1
+    finally:
+        parts["judge"].close()
+
+
+def train_and_save(config, parts):
+    """Train; write the policy and the summary, or a checkpoint where training has to stop. Returns the exit status."""
+    run, policy = parts["run"], parts["policy"]
     if ranks.leader():
         print(f"{run.folder}: {config.model} on {config.tasks}, {config.preset} preset, {config.steps - parts['start']} "
               f"steps{f' on {ranks.size()} ranks' if ranks.size() > 1 else ''}")
+    ranks.listen()
     try:
-        ranks.listen()
-        try:
-            train(config, **parts)
-        except (Stopped, ranks.Interrupted):
-            run.save_checkpoint(parts["policy"], parts["optimizer"])
-            raise
-        save_policy(parts["policy"], parts["tokenizer"], run.folder / "policy")
-        if ranks.leader():
-            run.draw_curves()
-            report.summary(run, config)
-        parts["sampler"].close()
-        ranks.leave()
-        return 0
-    except (Stopped, ranks.Interrupted, ranks.Lost, OSError) as error:  # OSError: a disk that is full
-        if ranks.leader() or isinstance(error, ranks.Lost):
-            print(f"ruscarl.py: stopped: {error}; continue with --resume --runs {config.runs} --name {config.name}",
-                  file=sys.stderr, flush=True)
+        train(config, **parts)
+    except (Stopped, ranks.Interrupted) as error:
+        run.save_checkpoint(policy, parts["optimizer"])
+        say_stopped(error, config, ranks.leader())
         return error.status if isinstance(error, ranks.Interrupted) else 1
-    finally:
-        parts["judge"].close()
+    save_policy(policy, parts["tokenizer"], run.folder / "policy")
+    if ranks.leader():
+        run.draw_curves()
+        report.summary(run, config)
+    return 0
+
+
+def say_stopped(reason, config, aloud):
+    """Why a run stopped and how it goes on; only where `aloud`, so that not every rank says it."""
+    if aloud:
+        print(f"ruscarl.py: stopped: {reason}; continue with --resume --runs {config.runs} --name {config.name}",
+              file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

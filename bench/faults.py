@@ -52,6 +52,8 @@ FAULTS = [  # fault, what has to come out, file and test
      "test_when_one_dies_the_others_end_within_a_minute[1-sampling]"),
     ("SIGKILL of rank 0 of 2 in the update", "the other ended within a minute; resumed, as uncut", "ranks",
      "test_when_one_dies_the_others_end_within_a_minute[0-updating]"),
+    ("rank 1 of 2 dies on another node", "the other ended, by the missing sign of life", "ranks",
+     "test_a_rank_that_dies_on_another_machine_ends_this_one"),
     ("disk full for one of two ranks", "told to both; last checkpoint whole", "ranks",
      "test_a_disk_that_is_full_for_one_rank"),
     ("one of two ranks judges for longer than the time-out of collectives", "the other waits", "ranks",

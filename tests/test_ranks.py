@@ -2,13 +2,16 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import RUN, Terminal, command, needs_vllm, read, rows
+from conftest import ROOT, RUN, Terminal, command, needs_vllm, read, rows
 from two_ranks import CASES, gradients
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -108,6 +111,20 @@ def test_no_time_out_runs_while_another_rank_judges(tmp_path):
     status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "wait_for_a_judge", tmp_path)
     assert status == 0, err
     assert (tmp_path / "timed out").exists()
+
+
+def test_a_rank_that_dies_on_another_machine_ends_this_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+                               "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
+                               "tests/two_ranks.py", "die_elsewhere", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
+    err = nodes[0].communicate(timeout=120)[1]
+    nodes[1].communicate(timeout=60)
+    assert nodes[0].returncode == nodes[1].returncode == 1 and "rank 0: stopped: rank 1 is gone" in err, err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_full_for_one_rank(tmp_path):

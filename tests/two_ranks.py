@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,16 @@ def fill_the_disk(folder):
         assert [path.name for path in Path(folder).iterdir()] == ["step_00001"]
         assert checkpoints.load_newest(folder, policy, optimizer) == 1
         ranks.gather((Path(folder) / f"told {ranks.rank()}").touch())
+
+
+def die_elsewhere(folder):
+    """Rank 1 dies; rank 0, whose torchrun knows nothing of it, waits for it at a meeting."""
+    ranks.BEAT, ranks.SILENCE = 0.5, 3
+    ranks.join("cpu")
+    with ranks.together():
+        if not ranks.leader():
+            os._exit(9)
+    (Path(folder) / "came together").touch()
 
 
 if __name__ == "__main__":
