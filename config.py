@@ -208,6 +208,8 @@ def check(config):
         raise ValueError(f"--tis must be at least 1, or 0 for off, got {config.tis}")
     if config.tis and (config.top_p < 1 or config.top_k > 0):
         raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
+    if config.tensor_parallel > 1 and config.sampler == "transformers":
+        raise ValueError("--tensor-parallel needs --sampler vllm")
     if config.clip_low >= 1:
         raise ValueError(f"--clip-low must be below 1, got {config.clip_low}")
     if config.dual_clip != 0 and not config.dual_clip > 1:

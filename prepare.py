@@ -127,8 +127,6 @@ def choose_sampler(config, device):
     """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
     spread = config.tensor_parallel > 1
     if config.sampler == "transformers":
-        if spread:
-            raise ValueError("--tensor-parallel needs --sampler vllm")
         return False, "--sampler transformers"
     obstacle = vllm_obstacle(device)
     if obstacle and (config.sampler == "vllm" or spread):

@@ -88,7 +88,8 @@ def command(*args, env=None, timeout=120):
 def refused(module, capsys, *arguments):
     """The one line with which the command of `module` refuses; in this process, which spares the imports."""
     try:
-        status = module.main(module.parse_command_line([str(argument) for argument in arguments]))
+        parsed = module.parse_command_line([str(argument) for argument in arguments])
+        status = module.main(*parsed if isinstance(parsed, tuple) else [parsed])
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, RUN, command, completion, needs_vllm, read, write_tasks
+import ruscarl
+from conftest import ROOT, RUN, command, completion, needs_vllm, read, refused, write_tasks
 
 RUBRIC = [{"criterion": f"Has the letter {letter}.", "points": (-1) ** i * (i + 1),
            "tags": ["verifier:rule", "function:regex", "parameters:" + json.dumps({"pattern": letter})]}
@@ -158,35 +159,40 @@ def test_the_policy_as_its_own_judge_and_the_other_ratios(tiny, tmp_path, ratio)
     assert all(row["judge/unknown"] == 0 for row in rows[:-1])
 
 
-def test_mistakes_are_one_line_and_status_2(tmp_path):
+def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RUSCARL_JUDGE_URL", "")
     broken = tmp_path / "broken.jsonl"
     good = {"prompt": [{"role": "user", "content": "Hi"}], "rubrics": [{"criterion": "c", "points": 1}]}
     lines = [json.dumps({**good, "prompt_id": str(i)}) for i in range(9)]
     broken.write_text("\n".join([*lines[:6], '{"prompt": [', *lines[7:]]))
-    for flags, message in [
-        (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
+    mistakes = [
+        (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"), (["--decay", "sigmod"], "sigmoid"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
+        (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
         (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
-        (["--decay", "sigmod"], "sigmoid"), (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
         (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"),
         (["--batch-size", "3", "--mini-batch-size", "2"], "multiple"),
-        (["--nosuch", "1"], "--nosuch"), (["--device", "cuda"], "no CUDA"), (["--judge-url", ","], "http"),
+        (["--nosuch", "1"], "--nosuch"), (["--judge-url", ","], "http"),
         (["--model", ""], "--model"), (["--runs", broken], "cannot write"), (["--tracker", "wandb"], "pip install wandb"),
         (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
         (["--judge-extra", "{"], "--judge-extra"), (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
         (["--temperature", "nan"], "--temperature"), (["--offload", "yes"], "--offload"), (["--tis", "-1"], "--tis"),
-        (["--tis", "2", "--top-p", "0.9"], "--tis needs"), (["--gpu-gb", "80"], "--gpu-gb"),
+        (["--tis", "2", "--top-p", "0.9"], "--tis needs"), (["--gpu-gb", "80"], "--gpu-gb"), (["--gpus", "8"], "--gpus"),
         (["--judge-calibrate"], "--judge-url"), (["--tis", "0.5"], "--tis must be at least 1"),
         (["--plan", "--judge", "chat"], "--judge chat needs"), (["--plan", "--offload", "yes"], "--offload yes"),
         (["--max-prompt-tokens", "9000"], "the model's context is 8192"), (["--plan", "--held-out", "80"], "--held-out"),
-        (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
-    ]:
-        if flags == ["--device", "cuda"] and torch.cuda.is_available():
-            continue
-        status, out, err, seconds = command(RUN, "--runs", tmp_path / "runs", *flags,
-                                            env={"RUSCARL_JUDGE_URL": "", "HF_HUB_OFFLINE": "1"})
-        assert status == 2, (flags, err)
-        assert message in err and len(err.strip().splitlines()) == 1, (flags, err)
-        assert out == "" and seconds < 30
+        (["--tensor-parallel", "2", "--sampler", "transformers"], "--tensor-parallel needs --sampler vllm"),
+        (["--tensor-parallel", "2"], "--tensor-parallel"),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append((["--device", "cuda"], "no CUDA"))
+    for number, (flags, message) in enumerate(mistakes):
+        flags = ["--runs", tmp_path / "runs", *flags]
+        assert message in refused(ruscarl, capsys, *flags), flags
+        if number < 4:  # and alone, as a user sees it
+            status, out, err, seconds = command(RUN, *flags, env={"HF_HUB_OFFLINE": "1"})
+            assert status == 2 and out == "" and len(err.strip().splitlines()) == 1 and message in err, (flags, err)
+            assert seconds < 30
     assert not (tmp_path / "runs").exists()
 
 
