@@ -21,7 +21,7 @@ from urllib3.util import Retry
 import grpo
 from chat import ChatClient
 from judge import Judge, score
-from policy import named_weights, stop_ids
+from policy import named_weights, stop_ids, why_refused
 from prepare import first_unruled, make_judge
 from rollouts import make_rollouts, sample_and_judge
 from runs import whole_lines
@@ -192,9 +192,10 @@ def load_embedding(source, model=""):
 
 def _embedding_folder(folder):
     try:
-        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
-        raise ValueError(f"--embedding: cannot load {folder}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"--embedding: cannot load {folder}: {why_refused(error)}") from None
     longest = min(getattr(model.config, "max_position_embeddings", None) or 512, 8192)
 
     @torch.no_grad()
@@ -228,8 +229,8 @@ def _embedding_server(url, model):
             rows = sorted(answer.json()["data"], key=lambda row: row["index"])
             vectors = numpy.array([row["embedding"] for row in rows], dtype=numpy.float32)
         except requests.RequestException as error:
-            raise ValueError(f"--embedding {url}: {' '.join(str(error).split())[:300]}") from None
-        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"--embedding {url}: {client.quoted(str(error))}") from None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(f"--embedding {url}: does not answer with embeddings") from None
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ValueError(f"--embedding {url}: {len(texts)} texts sent, embeddings of shape {vectors.shape} came back")

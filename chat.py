@@ -19,6 +19,8 @@ from email.utils import parsedate_to_datetime
 import requests
 from tqdm import tqdm
 
+from report import one_line
+
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
 
 
@@ -110,7 +112,7 @@ class ChatClient:
                 self.model = served[0]
             if self.model not in served:
                 problem = f"does not serve {self.model!r}" if self.model else "does not serve one model only, so name one"
-                raise ValueError(f"{url} {problem}; it serves {', '.join(served[:10]) or 'none'} ({hint})")
+                raise ValueError(f"{url} {problem}; it serves {self.quoted(', '.join(served[:10])) or 'none'} ({hint})")
 
     def close(self):
         """Cancel what still waits in the pool; requests under way end by themselves."""
@@ -174,6 +176,10 @@ class ChatClient:
         except requests.Timeout:
             self._rests_until[url] = time.monotonic() + 5
             raise
+        except requests.RequestException:
+            raise
+        except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
+            raise ChatError(f"{url}: {self.quoted(str(error))}") from None
         with self._lock:
             self._down_since.pop(url, None)
             self._told.discard(url)
@@ -181,11 +187,11 @@ class ChatClient:
             try:
                 text = self._text(answer)
                 return text if parse is None else parse(text)
-            except ValueError as error:
-                raise _Failed(f"unusable answer: {error}", temperature=0.7) from None  # at 0 the same would come again
+            except ValueError as error:  # asked at temperature 0 again, it would answer the same
+                raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
         if answer.status_code == 429 or answer.status_code >= 500:
             raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
-        raise ChatError(f"{url}: HTTP {answer.status_code}: {_message(answer)}")
+        raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
     def _outage(self, url):
         """Note that `url` cannot be reached; seconds for which no server could be, 0 while another one is up."""
@@ -214,6 +220,11 @@ class ChatClient:
         """A copy of the counts, as a dict."""
         with self._lock:
             return dict(self.counts)
+
+    def quoted(self, text):
+        """What a server said, as an error may repeat it: one line of 200 characters, for a terminal, without the key."""
+        key = os.environ.get(self.key_variable)
+        return one_line(text.replace(key, f"${self.key_variable}") if key else text)[:200]
 
     def _headers(self):
         key = os.environ.get(self.key_variable)
@@ -247,7 +258,7 @@ class ChatClient:
             text = choice["message"]["content"]
             usage = reply.get("usage") or {}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError("not a chat completion") from None
         with self._lock:
             self.counts.update(tokens)
@@ -267,15 +278,14 @@ def _retry_after(answer):
     except ValueError:
         try:
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return 0.0
 
 
 def _message(answer):
-    """The server's own words about an error, shortened to one line."""
+    """The server's own words about an error."""
     try:
         error = answer.json()["error"]
-        text = str(error["message"]) if isinstance(error, dict) else str(error)
+        return str(error["message"]) if isinstance(error, dict) else str(error)
     except (ValueError, KeyError, TypeError, RecursionError):
-        text = answer.text
-    return " ".join(text.split())[:200]
+        return answer.text

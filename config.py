@@ -223,10 +223,18 @@ def check(config):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
     if not config.model.strip():
         raise ValueError("--model must not be empty")
-    for url in config.judge_url.split(",") if config.judge_url else []:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"--judge-url: {url!r} does not begin with http:// or https://")
+    check_urls(config.judge_url, "--judge-url", "OPENAI_API_KEY")
     judge_extra(config)
+
+
+def check_urls(urls, name, variable):
+    """Raise ValueError for one of the comma-separated base URLs of the flag `name` that is none, or that may hold a secret:
+    settings are written down and shown, so keys belong in the environment `variable`."""
+    for url in urls.split(",") if urls else []:
+        if set(url) & set("@?#"):
+            raise ValueError(f"{name}: a base URL has no user, password or query in it; a key goes into ${variable}")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{name}: {url!r} does not begin with http:// or https://")
 
 
 def judge_extra(config):

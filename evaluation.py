@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PAPER, Config, Parser, add_flags, check, flag, setting
+from config import PAPER, Config, Parser, add_flags, check, check_urls, flag, setting
 from runs import claim, saved_config
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
@@ -86,6 +86,7 @@ def check_evaluation(config):
     if config.temperature == 0 and config.samples > 1:
         raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
     check(dataclasses.replace(config, held_out=config.held_out or 1, temperature=config.temperature or 1.0))
+    check_urls(config.judge2_url, "--judge2-url", "JUDGE2_API_KEY")
     if config.judge2_url:
         try:
             check(second_judge(config))
@@ -95,6 +96,7 @@ def check_evaluation(config):
         if getattr(config, name) and not config.judge2_url:
             raise ValueError(f"{flag(name)} needs --judge2-url")
     server = config.embedding.startswith(("http://", "https://"))
+    check_urls(config.embedding if server else "", "--embedding", "EMBEDDING_API_KEY")
     if config.embedding and not server and not (Path(config.embedding) / "config.json").is_file():
         raise ValueError(f"--embedding: no model in {config.embedding}")
     if config.embedding_model and not server:

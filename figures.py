@@ -2,6 +2,8 @@
 
 from matplotlib.figure import Figure
 
+from report import one_line
+
 JUDGES = ("judge", "judge2")
 
 
@@ -29,7 +31,7 @@ def _best_of_n(models):
     axes.set(xlabel="N", ylabel="score of the best of N (not clipped)")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.legend()
+    _legend(axes)
     return figure
 
 
@@ -44,10 +46,16 @@ def _tags(models):
         found = [(row, scores) for row, scores in found if scores["score"] is not None]
         axes.errorbar([s["score"] for _, s in found], [row - 0.15 * i for row, _ in found],
                       xerr=[s["score_se"] for _, s in found], fmt="os"[i], capsize=2, label=model["name"])
-    axes.set_yticks(range(len(tags)), [f"{tag} ({first[tag]['tasks']})" for tag in tags])
+    axes.set_yticks(range(len(tags)), [f"{one_line(tag)[:60]} ({first[tag]['tasks']})" for tag in tags], parse_math=False)
     axes.set(xlabel="score, clipped, and its bootstrap error (examples in brackets)", xlim=(-0.02, 1.02))
-    axes.legend()
+    _legend(axes)
     return figure
+
+
+def _legend(axes):
+    """A legend whose names stay as they are, dollar signs included."""
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
 
 
 def _novelty(novelty):
@@ -67,7 +75,7 @@ def print_table(results):
     for judge in JUDGES:
         if judge not in models[0]:
             continue
-        print(f"{judge}: {results['judges'][judge]}")
+        print(f"{judge}: {one_line(results['judges'][judge])}")
         columns = [model[judge] for model in models]
         _row("  score, clipped (HealthBench)", *[_pm(c["score"], c["score_se"]) for c in columns])
         _row("  score, not clipped", *[_pm(c["mean"], c["mean_se"]) for c in columns])
@@ -98,8 +106,8 @@ def print_table(results):
     if tags[0]:
         print("\nby tag, clipped (first judge)")
     for tag in sorted(tags[0], key=lambda tag: (-tags[0][tag]["tasks"], tag))[:30]:
-        _row(f"  {tag} ({tags[0][tag]['tasks']})", *[_pm(t[tag]["score"], t[tag]["score_se"]) if tag in t else "-"
-                                                     for t in tags])
+        cells = [_pm(t[tag]["score"], t[tag]["score_se"]) if tag in t else "-" for t in tags]
+        _row(f"  {one_line(tag)} ({tags[0][tag]['tasks']})", *cells)
 
 
 def _row(label, *cells):

@@ -46,7 +46,7 @@ def ranks_of(config):
 def count_parameters(model_config):
     """Number of parameters of the model, tied ones once."""
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config, trust_remote_code=False).parameters())
 
 
 def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointing):
@@ -64,7 +64,8 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype)
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype,
+                                                 trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         responses = [[0] * (tokens // 8)] * 7  # the question takes the rest
         pack = grpo.make_packs([[0] * (tokens - 7 * (tokens // 8))] * 7, responses, tokens)[0]

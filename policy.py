@@ -5,7 +5,8 @@
     some/folder          a transformers folder, such as a trained run's policy/
     some/file.gguf       a GGUF file, dequantised
 
-Weights are loaded in float32, the master precision of the update. Remote code is never run.
+Weights are loaded in float32, the master precision of the update, and from safetensors or GGUF files only: nothing
+pickled is read. Code that comes with a model is never run.
 """
 
 import ctypes
@@ -33,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import ranks
+from report import one_line
 
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
     logging.disable_progress_bar()
@@ -56,10 +58,11 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
         if path.suffix == ".gguf":
             model, tokenizer = _load_gguf(path)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
+                                                         use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
-        raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
     _check(model.config, tokenizer, source)
     model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
     return model.to(device=device, dtype=dtype).eval(), tokenizer
@@ -70,11 +73,20 @@ def load_config(source, cache=None):
     path, name = _find(source, cache)
     where = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
     try:
-        config, tokenizer = (kind.from_pretrained(where[0], **where[1]) for kind in (AutoConfig, AutoTokenizer))
+        config, tokenizer = (kind.from_pretrained(where[0], **where[1], trust_remote_code=False)
+                             for kind in (AutoConfig, AutoTokenizer))
     except Exception as error:  # as above
-        raise ValueError(f"cannot load model {source}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
     _check(config, tokenizer, source)
     return config, tokenizer
+
+
+def why_refused(error):
+    """What transformers says about a model that it does not load, in one line."""
+    text = one_line(str(error))
+    if "trust_remote_code" in text:
+        return "it brings code of its own, which is never run"
+    return text[:300] + (" (pickled weights are never read)" if "model.safetensors" in text else "")
 
 
 def _find(source, cache):
@@ -101,11 +113,12 @@ def _check(config, tokenizer, source):
 
 def _load_gguf(path):
     folder, name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
     # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa",
+                                             trust_remote_code=False)
     model.load_state_dict(quantised.state_dict())
     return model, tokenizer
 

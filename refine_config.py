@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Parser, add_flags, check, flag, setting
+from config import Config, Parser, add_flags, check, check_urls, flag, setting
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "judge_concurrency",
@@ -81,6 +81,9 @@ def check_refinement(config):
     if config.proposer == "rules" and config.proposer_url:
         raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
     sources = config.sample_from.split(",")
+    for source in sources:  # MODEL@URL is allowed, an @ in the URL is not
+        if rest := source.partition("://")[2]:
+            check_urls(f"http://{rest}", "--sample-from", "RESPONDER_API_KEY")
     if config.sample_from and (not all(sources) or len(set(sources)) < len(sources)):
         raise ValueError(f"--sample-from: an empty or repeated source in {config.sample_from!r}")
     for name in ("proposer", "verifier"):
@@ -89,9 +92,7 @@ def check_refinement(config):
         url = getattr(config, f"{name}_url")
         if not url and any(getattr(config, f"{name}_{part}") for part in ("model", "price", "extra")):
             raise ValueError(f"--{name}-model, --{name}-price and --{name}-extra need --{name}-url")
-        for part in url.split(",") if url else []:
-            if not part.startswith(("http://", "https://")):
-                raise ValueError(f"--{name}-url: {part!r} does not begin with http:// or https://")
+        check_urls(url, f"--{name}-url", f"{name.upper()}_API_KEY")
 
 
 def extra(config, name):

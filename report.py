@@ -1,7 +1,20 @@
 """What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
 
 import json
+import re
 import textwrap
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # but white space that only moves on
+
+
+def printable(text):
+    """`text` without what a terminal would obey instead of showing it, such as escape sequences."""
+    return CONTROL.sub("\ufffd", text)
+
+
+def one_line(text):
+    """`printable`, with single spaces for all white space."""
+    return printable(" ".join(text.split()))
 
 
 def step_line(bar, row, rollouts, show_sample):
@@ -21,8 +34,9 @@ def step_line(bar, row, rollouts, show_sample):
     judged = [r for r in rollouts if r.reward is not None]
     if show_sample and judged:
         best = max(judged, key=lambda r: r.reward)
-        bar.write(textwrap.indent(f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} "
-                                  f"criteria shown, reward {best.reward:+.2f}) {best.text}\n", "    | "))
+        shown = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
+                 f"reward {best.reward:+.2f}) {best.text}\n")
+        bar.write(textwrap.indent(printable(shown), "    | "))
 
 
 def summary(run, config):
@@ -37,9 +51,9 @@ def summary(run, config):
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
     for text in sorted(before["eval/pass_rate"]):
         if text in after["eval/pass_rate"]:
-            print(f"{text[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'][text]:>16.0%}")
+            print(f"{one_line(text)[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'][text]:>16.0%}")
     first, last = (_first_rollout(run, row["step"]) for row in (before, after))
-    print(f"\n{first['question'][:100]}\n")
+    print(f"\n{printable(first['question'][:100])}\n")
     side_by_side(f"before ({_points(first)})\n\n{first['response']}", f"after ({_points(last)})\n\n{last['response']}")
     print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
 
@@ -58,7 +72,7 @@ def side_by_side(left, right, width=58):
     columns = []
     for text in (left, right):
         lines = []
-        for line in text.splitlines():
+        for line in printable(text).splitlines():
             lines += textwrap.wrap(line, width) or [""]
         columns.append(lines[:40])
     for i in range(max(map(len, columns))):

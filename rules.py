@@ -10,6 +10,8 @@ decided). Each rule is a factory that checks its parameters when the task file i
 
 import inspect
 import json
+import math
+import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +20,8 @@ from multiprocessing import get_context
 import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run
 
 SECONDS = 2.0  # the longest a pattern may search one response
+LONGEST = 10_000  # characters of a rule's parameters
+COPIES = 100_000  # of a part of a pattern: repeats within repeats are written out when it is compiled
 
 
 def rule_from_tags(tags):
@@ -39,6 +43,8 @@ def rule_from_tags(tags):
     name = values.get("function", "")
     if name not in RULES:
         raise ValueError(f"unknown rule {shown(name)} (known: {', '.join(RULES)})")
+    if len(values.get("parameters", "")) > LONGEST:
+        raise ValueError(f"parameters of {name} are longer than {LONGEST:,} characters")
     try:
         parameters = json.loads(values.get("parameters") or "{}")
     except (ValueError, RecursionError) as error:
@@ -76,13 +82,6 @@ def _count(name, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
     return value
-
-
-def _search(pattern, text):
-    try:
-        return regex.search(pattern, text, timeout=SECONDS) is not None
-    except TimeoutError:
-        return None
 
 
 def _mentions(phrases, text):
@@ -173,10 +172,20 @@ def asks_question(count=1):
 def matches(pattern):
     """The pattern (syntax of Python's `re`) is found; None when the search takes longer than SECONDS."""
     try:
-        regex.compile(pattern)
-    except (regex.error, TypeError, RecursionError) as error:
+        re.compile(pattern)  # refuses what only `regex` knows, such as recursion, which can take all memory
+        if math.prod(int(least) or 1 for least in re.findall(r"\{(\d+)", pattern)) > COPIES:
+            raise ValueError(f"its repeats multiply to more than {COPIES:,}")
+        compiled = regex.compile(pattern)
+    except (re.error, regex.error, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"pattern {shown(pattern)}: {error}") from None
-    return lambda text: _search(pattern, text)
+
+    def check(text):
+        try:
+            return compiled.search(text, timeout=SECONDS) is not None
+        except TimeoutError:
+            return None
+
+    return check
 
 
 # math-verify stops runaway algebra by a signal, and signals reach only a process's main thread. Judging happens in

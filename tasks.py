@@ -182,6 +182,8 @@ def _parse_task(record, place, need_rubrics):
         raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {shown(identity)}")
     else:
         _check_text(identity, f"{place}: prompt_id")
+        if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # it is shown in messages
+            raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -83,6 +84,24 @@ def command(*args, env=None, timeout=120):
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+@pytest.fixture
+def here(capfd):
+    """A function (module, *arguments) -> (status, all that was printed): the command of `module`, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(module, *arguments):
+        try:
+            parsed = module.parse_command_line([str(argument) for argument in arguments])
+            status = module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
+        except SystemExit as stop:
+            status = stop.code
+        return status, "".join(capfd.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def refused(module, capsys, *arguments):

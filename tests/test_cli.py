@@ -227,12 +227,12 @@ def test_the_house():
     import ast
 
     may_import = {
-        "rules": "", "tasks": "rules", "scaffold": "tasks", "chat": "", "judge": "tasks chat rules",
+        "rules": "", "tasks": "rules", "scaffold": "tasks", "chat": "report", "judge": "tasks chat rules",
         "ranks": "", "packs": "ranks", "grpo": "packs ranks", "sampler": "", "vllm_sampler": "ranks sampler",
-        "policy": "ranks", "config": "scaffold runs", "checkpoints": "ranks", "runs": "checkpoints ranks", "report": "",
-        "rollouts": "tasks scaffold judge policy ranks sampler", "memory": "grpo vllm_sampler",
+        "policy": "ranks report", "config": "scaffold runs", "checkpoints": "ranks", "runs": "checkpoints ranks",
+        "report": "", "rollouts": "tasks scaffold judge policy ranks sampler", "memory": "grpo vllm_sampler",
         "prepare": "rules tasks scaffold chat judge ranks sampler vllm_sampler policy config runs memory",
-        "figures": "", "measures": "calibrate judge",
+        "figures": "report", "measures": "calibrate judge",
         "answers": "chat grpo judge policy prepare rollouts runs sampler vllm_sampler",
         "tail": "", "proposer": "chat judge rules tasks", "refine_config": "config",
         "responses": "answers chat policy prepare runs sampler tasks", "progress": "prepare refine_config runs tasks",

@@ -71,6 +71,7 @@ def criterion(**changes):
     ('{"prompt_id": "x", "prompt_id": "y"}', "'prompt_id' stands twice"),
     (criterion(tags=["verifier:rule", "function:nosuch"]), r"rubrics\[0\].tags: unknown rule 'nosuch'"),
     (changed(prompt_id=7), "prompt_id: must be"), (changed(example_tags="x"), "example_tags: must be"),
+    (changed(prompt_id="\x1b[2J"), "prompt_id: must not have control characters"),
 ])
 def test_defects_are_named_with_file_line_and_field(tmp_path, record, message):
     path = write(tmp_path / "t.jsonl", *[changed(prompt_id=str(i)) for i in range(6)], record)
