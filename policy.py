@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -183,8 +182,6 @@ def named_weights(model, tied_twice=True):
 
     Of a sharded model every rank has to go through all of them.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()  # a forward pass without a backward pass leaves the output layer gathered, and rounded
     for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
         parameter = parameter.detach()
         yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -201,7 +198,7 @@ def shard(model, device, dtype, offload):
                "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()}
     for layer in model.base_model.layers:
         fully_shard(layer, **options)
-    fully_shard(model, **options)
+    fully_shard(model, reshard_after_forward=True, **options)  # or a forward pass alone would leave it gathered, and rounded
 
     def sharded_call(function, *args):
         return function(model, *args)

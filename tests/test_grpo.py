@@ -254,6 +254,8 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
     assert stats[0] == pytest.approx(stats[1], abs=1e-5)
     whole = dict(named_weights(sharded))
     assert all(torch.allclose(p.cpu(), whole[name].cpu(), atol=1e-6) for name, p in named_weights(plain))
+    grpo.sample_logprobs(sharded, [[2, 3]], [[4]], 100)  # must not leave anything gathered
+    assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in sharded.parameters())
     checkpoints.save(tmp_path, 3, sharded, optimizer, keep=1)
     state = {name: tensor.clone() for name, tensor in checkpoints.training_state(sharded, optimizer).items()}
     grpo.update(sharded, optimizer, [make_samples()], LossParams())
