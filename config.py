@@ -110,6 +110,15 @@ def paper_preset(model):
 
 
 class Parser(argparse.ArgumentParser):
+    """Mistakes are one line and exit status 2."""
+
+    def given(self, argv, ranks=False):
+        """{name: value} of the flags that are given. ranks: whether torchrun may start several of this command."""
+        found = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
+        if not ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.error("runs in one process: start it without torchrun")
+        return found
+
     def error(self, message):
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
@@ -136,7 +145,7 @@ def parse_command_line(argv=None):
                         help="print steps, samples, judge calls and memory of the run instead of running it")
     parser.add_argument("--judge-calibrate", dest="action", action="store_const", const="calibrate",
                         help="ask the judge at --judge-url what rules know, and print how often it is right")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = parser.given(argv, ranks=True)
     action = given.pop("action")
     try:
         config = _resumed(given) if given.get("resume") else _new(given)

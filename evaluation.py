@@ -51,7 +51,7 @@ def parse_command_line(argv=None):
     parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
     add_flags(parser, Evaluation, (*SHARED, *Evaluation.__annotations__))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = parser.given(argv)
     try:
         config = Evaluation(**{**_start(given), **given})
         config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")

@@ -53,7 +53,7 @@ def parse_command_line(argv=None):
     parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
     parser.add_argument("tasks", metavar="PROMPTS", help="as ruscarl.py --tasks, but the rubrics may be missing")
     add_flags(parser, Refinement, (*SHARED, *Refinement.__annotations__))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = parser.given(argv)
     try:
         config = Refinement(**given)
         config.output = config.output or f"refined/{Path(config.tasks).stem}"

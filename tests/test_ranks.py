@@ -1,5 +1,6 @@
 """Several ranks on one machine: the same result as one rank, and nothing lost when one of them dies."""
 
+import importlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, RUN, Terminal, command, needs_vllm, read, rows
+from conftest import ROOT, RUN, Terminal, command, needs_vllm, read, refused, rows
 from two_ranks import CASES, gradients
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -131,6 +132,12 @@ def test_a_disk_that_is_full_for_one_rank(tmp_path):
     status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "fill_the_disk", tmp_path)
     assert status == 0, err
     assert (tmp_path / "told 0").exists() and (tmp_path / "told 1").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "refine"])
+def test_what_is_one_process_is_not_started_many_times(name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in refused(importlib.import_module(name), capsys, "smollm2")
 
 
 @pytest.mark.parametrize("mistake, message", [
