@@ -89,9 +89,11 @@ def load_newest(folder, model, optimizer):
     """Restore the newest checkpoint in `folder` that can be read; returns the number of steps done.
 
     One that cannot be read is told and skipped. 0, and nothing restored, where there is none. Raises ValueError where
-    there are some, but none can be read.
+    there are some, but none can be read, or where ranks do not see the same ones.
     """
     part, folders = Path(folder) / "part", whole_ones(folder)
+    if any(seen != folders for seen in ranks.gather(folders)):
+        raise ValueError(f"{folder}: ranks see different checkpoints: --runs must be a folder that all machines share")
     if part.exists():
         _tell(f"{part}: a half-written checkpoint, not used")
     for place in reversed(folders):

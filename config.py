@@ -120,10 +120,9 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # torchrun ends all ranks with the first: let that be the one that says why
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # by then torchrun has ended this rank, if rank 0 has said the same and left
+        print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
 

@@ -172,6 +172,8 @@ def set_up(config):
     client = make_chat_client(config)
     run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
     vllm, why = choose_sampler(config, device)
+    if len(set(ranks.gather(vllm))) > 1:
+        raise ValueError("vllm runs for some ranks only; install it on all machines, or give --sampler transformers")
     model_config, tokenizer = load_config(config.model)
     context = check_context(config, model_config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
@@ -180,6 +182,7 @@ def set_up(config):
     if device == "cuda":
         lengths = longest_prompts(config, tasks + held_out, tokenizer)
         offload, parts = memory.needs(config, model_config, device, vllm, dtype, *lengths)
+        offload = max(ranks.gather(offload))  # GPUs may differ
         gpu_memory = memory.vllm_share(parts) if vllm else 0.0
         if offload:
             say("offload: master weights, gradients and optimizer state stay in the host's memory")
