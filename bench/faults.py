@@ -72,26 +72,31 @@ def round_of_tests():
                 for case in ElementTree.parse(report).iter("testcase")}
 
 
-def main():
-    """Run the rounds, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default=None)
-    args = parser.parse_args()
-    found = defaultdict(list)
-    for _ in tqdm(range(args.rounds), unit="round", disable=None):
-        for test, result in round_of_tests().items():
-            found[test].append(result)
-    lines = ["# Faults", "", f"`python bench/faults.py --rounds {args.rounds}`, {date.today()}, {os.cpu_count()} cores "
+def table(found, rounds):
+    """The lines of results/faults.md. found: {test: [(whether it passed, seconds)]}."""
+    lines = ["# Faults", "", f"`python bench/faults.py --rounds {rounds}`, {date.today()}, {os.cpu_count()} cores "
              f"({platform.machine()}), no GPU; two ranks over gloo.", "", *__doc__.split("\n\n")[2].splitlines(), "",
              "| fault | has to come out | tried | came out | longest, s |", "|---|---|---|---|---|"]
     for fault, outcome, _, test in FAULTS:
         results = found[test]
         lines.append(f"| {fault} | {outcome} | {len(results)} | {sum(passed for passed, _ in results)} | "
                      f"{max((seconds for _, seconds in results), default=0):.0f} |")
-    print("\n".join(lines))
-    if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def main():
+    """Run the rounds; print the table, and write it after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default=None)
+    args = parser.parse_args()
+    found = defaultdict(list)
+    for done in tqdm(range(1, args.rounds + 1), unit="round", disable=None):
+        for test, result in round_of_tests().items():
+            found[test].append(result)
+        if args.output:
+            Path(args.output).write_text("\n".join(table(found, done)) + "\n")
+    print("\n".join(table(found, args.rounds)))
 
 
 if __name__ == "__main__":
