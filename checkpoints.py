@@ -1,11 +1,13 @@
 """Checkpoints: weights and AdamW's moments in safetensors, each rank its own shard, readable by any number of ranks.
 
     checkpoints/step_00010/shard-00001-model-....safetensors    and so on, a few for each rank
+                           files.json                           their names and sizes
 
 There is nothing else to keep: which tasks come next and every draw follow from the seed and the number of steps done.
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -51,8 +53,12 @@ def save(folder, steps_done, model, optimizer, keep):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 
-    def rename():
-        shutil.rmtree(place, ignore_errors=True)
+    def finish():
+        with open(part / "files.json", "w", encoding="utf-8") as file:
+            json.dump({name: size for of_rank in written for name, size in of_rank.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(place, ignore_errors=True)  # an unreadable one
         os.replace(part, place)
         for old in whole_ones(folder)[:-keep]:
             shutil.rmtree(old)
@@ -61,7 +67,9 @@ def save(folder, steps_done, model, optimizer, keep):
         _by_leader(make_part)
         with _quiet():
             dcp.save(state, storage_writer=writer)
-        _by_leader(rename)
+        own = part.glob(f"shard-{ranks.rank() + 1:05d}-*")  # on a shared disk, a rank may see others' files later
+        written = ranks.gather({path.name: path.stat().st_size for path in own})
+        _by_leader(finish)
     except (OSError, dcp.CheckpointException) as error:
         if ranks.leader():
             shutil.rmtree(part, ignore_errors=True)
@@ -82,7 +90,17 @@ def _by_leader(function):
 
 def whole_ones(folder):
     """Folders of the checkpoints in `folder`, oldest first."""
-    return sorted(Path(folder).glob("step_*"))
+    return sorted(path for path in Path(folder).glob("step_*") if path.is_dir())
+
+
+def _missing(place):
+    """What `place` lacks of what was written there, or None. DCP itself would take what it finds."""
+    try:
+        files = json.loads((place / "files.json").read_text(encoding="utf-8"))
+        return next((f"{name} is missing or cut off" for name, size in files.items()
+                     if not (place / name).is_file() or (place / name).stat().st_size != size), None)
+    except (OSError, ValueError, AttributeError) as error:
+        return f"files.json: {_reason(error)}"
 
 
 def load_newest(folder, model, optimizer):
@@ -97,16 +115,18 @@ def load_newest(folder, model, optimizer):
     if part.exists():
         _tell(f"{part}: a half-written checkpoint, not used")
     for place in reversed(folders):
-        state = training_state(model, optimizer)
-        try:
-            with _quiet():
-                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
-            return state["steps_done"].item()
-        except dcp.CheckpointException as error:
-            reason = f"{place}: unreadable checkpoint: {_reason(error)}"
-            if place == folders[0]:
-                raise ValueError(reason) from None
-            _tell(f"{reason}; the one before it is used")
+        reason = next(filter(None, ranks.gather(_missing(place))), None)
+        if reason is None:
+            state = training_state(model, optimizer)
+            try:
+                with _quiet():
+                    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
+                return state["steps_done"].item()
+            except dcp.CheckpointException as error:
+                reason = _reason(error)
+        if place == folders[0]:
+            raise ValueError(f"{place}: unreadable checkpoint: {reason}")
+        _tell(f"{place}: unreadable checkpoint: {reason}; the one before it is used")
     return 0
 
 

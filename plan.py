@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 import memory
+import ranks
 from judge import judge_messages
 from policy import load_config, prompt_ids
 from prepare import (
@@ -40,6 +41,7 @@ def print_plan(config):
     device = "cuda" if config.gpu_gb else choose_device(config)
     model_config, tokenizer = load_config(config.model)
     check_context(config, model_config)
+    ranks.check_teams(memory.ranks_of(config)[0], config.tensor_parallel)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
     for name, value in work(config, tasks, held_out, tokenizer):

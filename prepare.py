@@ -93,7 +93,7 @@ def make_judge(client, tasks, tokenizer, sampler, context):
 
 def drop_long(config, tasks, tokenizer):
     """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
-    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=None)
+    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())
             if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
     if len(kept) < len(tasks):
         say(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
@@ -143,7 +143,7 @@ def make_sampler(config, policy, stops, dtype, device, vllm, why, longest, gpu_m
             say(f"sampler: vllm in {precision} ({why})")
             return sampler
         except ValueError as error:
-            if config.sampler == "vllm" or config.tensor_parallel > 1:
+            if config.sampler == "vllm" or ranks.size() > 1:  # all ranks must have the same
                 raise
             why = error
     say(f"sampler: transformers in {precision} ({why})")
@@ -172,12 +172,12 @@ def set_up(config):
     client = make_chat_client(config)
     run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
     vllm, why = choose_sampler(config, device)
-    if len(set(ranks.gather(vllm))) > 1:
-        raise ValueError("vllm runs for some ranks only; install it on all machines, or give --sampler transformers")
     model_config, tokenizer = load_config(config.model)
     context = check_context(config, model_config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     dtype = computing_dtype(config, device)
+    if len(set(ranks.gather((vllm, dtype)))) > 1:
+        raise ValueError("machines differ in whether vllm runs, or in their precision: give --sampler and --dtype")
     offload, gpu_memory = False, 0.0
     if device == "cuda":
         lengths = longest_prompts(config, tasks + held_out, tokenizer)
@@ -189,6 +189,7 @@ def set_up(config):
     keep_freed_memory()
     policy, tokenizer = load_policy(config.model)
     self_judged = client is None and first_unruled(tasks + held_out) is not None
+    ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
     # Before the policy takes its part of the GPU. What a judge reads is longer than what it judges.
     longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
     sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, longest, gpu_memory)
@@ -210,5 +211,7 @@ def set_up(config):
     sampler.sync(named_weights(policy))
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
     run.open()
+    if not all(ranks.gather(run.seen())):
+        raise ValueError(f"--runs {config.runs}: not all ranks see it: it must be a folder that all machines share")
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run, start=start, autocast=autocast)

@@ -18,13 +18,15 @@ import sys
 import threading
 import time
 
-PATIENCE = 20  # seconds that a rank which was told to leave waits for the others; torchrun kills it after 30
-BEAT, SILENCE = 5, 40  # seconds between signs of life; without one for how long a rank counts as dead
+BEAT = 2  # seconds between two signs of life
+SILENCE = 40  # seconds without one, after which a rank counts as dead,
+PATIENCE = 15  # or after which one that is about to leave waits no longer: torchrun kills it after 30
 
 _rank, _size, _team = 0, 1, 1
 _store = None  # where ranks meet; None in a run of one process
-_meetings, _left = 0, False
+_meetings = 0
 _signal, _heard_at, _obedient = None, 0.0, False
+_alive, _left, _watcher = [], threading.Event(), None  # _alive: when each rank has shown its last sign of life
 
 
 class Interrupted(BaseException):
@@ -46,14 +48,17 @@ def join(device, team=1):
     is none. team: ranks that sample together because one engine is spread over them (tensor parallelism). Raises
     ValueError where ranks cannot be divided into teams.
     """
-    global _rank, _size, _team, _store
+    global _rank, _size, _team, _store, _alive, _watcher
     import torch
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= gpus:
+                raise ValueError(f"rank {os.environ['RANK']}: more processes were started here than there are GPUs ({gpus})")
+            torch.cuda.set_device(local)
         store, _rank, _size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size)
         _store = dist.PrefixStore("meetings", store)
@@ -62,47 +67,61 @@ def join(device, team=1):
     if _size > 1:
         _store.set(f"alive/{_rank}", "")
         meet()
-        threading.Thread(target=_watch, daemon=True).start()
-    if _size % team:
-        raise ValueError(f"--tensor-parallel {team}: the number of ranks, {_size}, cannot be divided by it")
+        _alive = [time.monotonic()] * _size
+        # A connection of its own, for while one is used to wait for something, it serves no other thread.
+        _watcher = threading.Thread(target=_watch, args=(_store.clone(),), daemon=True)
+        _watcher.start()
+    check_teams(_size, team)
     _team = team
 
 
-def _watch():
-    """Show the others that this rank lives, and end it when one of them does not: it would wait in a collective, for long.
+def check_teams(size, team):
+    """Raise ValueError where `size` ranks cannot be divided into teams of `team`."""
+    if size % team:
+        raise ValueError(f"--tensor-parallel {team}: the number of ranks, {size}, cannot be divided by it")
 
-    Where all are on one machine torchrun is faster; of the ranks on another it knows nothing.
+
+def _watch(store):
+    """Show the others that this rank lives, hear from them who has been told to leave, and end this rank when one is dead.
+
+    Where all are on one machine torchrun does so, and faster; of the ranks on another it knows nothing.
     """
-    heard, silent = [(b"", time.monotonic())] * _size, []  # each rank's last beat, and when it was new
+    keys, heard = [f"alive/{other}" for other in range(_size)], [b""] * _size
     for beat in itertools.count():
         try:
-            _store.set(f"alive/{_rank}", str(beat))
-            for other, (last, since) in enumerate(heard):
-                said = _store.get(f"alive/{other}")
-                if said != last or _store.check([f"left/{other}"]):
-                    heard[other] = said, time.monotonic()
-                elif time.monotonic() - since > SILENCE:
-                    silent.append(str(other))
-        except RuntimeError:  # the place is gone; if this rank comes to a meeting, it can say so itself
-            time.sleep(SILENCE)
-            silent = ["0"]
-        if _left:
-            return
-        if silent:
-            print(f"rank {_rank}: stopped: rank {', '.join(silent)} is gone; continue with --resume", file=sys.stderr,
-                  flush=True)
+            store.set(keys[_rank], "left" if _left.is_set() else str(beat))
+            if _left.is_set():
+                return
+            if _signal is not None:
+                store.set("told to leave", str(_signal))
+            elif store.check(["told to leave"]):
+                os.kill(os.getpid(), int(store.get("told to leave")))
+            for other, said in enumerate(store.multi_get(keys)):
+                if said != heard[other] or said == b"left":
+                    heard[other], _alive[other] = said, time.monotonic()
+            dead = _silent(SILENCE)
+        except RuntimeError:  # torchrun has ended. A meeting would notice it, too, and end better
+            if _left.wait(PATIENCE):
+                return
+            dead = ["that kept the store"]
+        if dead:
+            print(f"rank {_rank}: stopped: rank {', '.join(map(str, dead))} is gone", file=sys.stderr, flush=True)
             os._exit(1)
-        time.sleep(BEAT)
+        _left.wait(BEAT)
+
+
+def _silent(seconds):
+    """Ranks that have shown no sign of life for so long."""
+    return [other for other, last in enumerate(_alive) if time.monotonic() - last > seconds]
 
 
 def leave():
     """Give up the group, when all do: at the end of a run, or where all stop together."""
-    global _left
     import torch.distributed as dist
 
-    if _size > 1:
-        _left = True
-        _store.set(f"left/{_rank}", "")
+    _left.set()
+    if _watcher is not None:
+        _watcher.join()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -120,6 +139,11 @@ def size():
 def leader():
     """Whether this rank writes and speaks for all."""
     return _rank == 0
+
+
+def silent():
+    """tqdm's `disable`: one bar is enough, and none (None) where there is no terminal."""
+    return None if leader() else True
 
 
 def speaks():
@@ -149,28 +173,28 @@ def gather(item):
     return items
 
 
-def meet(word=0, patience=float("inf")):
+def meet(word=0):
     """Wait until all ranks are here; [each rank's `word`], an int. Polls, so that a signal is heard meanwhile.
 
-    Raises Lost for ranks that have not come `patience` seconds from now, or PATIENCE seconds after a signal to leave.
+    Raises Lost where a rank that has not come is dead, which torchrun knows, who told this one to leave.
     """
     global _meetings
     if _size == 1:
         return [word]
     _meetings += 1
-    keys, began, pause = [f"{_meetings}/{other}" for other in range(_size)], time.monotonic(), 0.001
+    keys, pause = [f"{_meetings}/{other}" for other in range(_size)], 0.001
     try:
         _store.set(keys[_rank], str(word))
         while not _store.check(keys):
-            now = time.monotonic()
-            if now - began > patience or (_signal is not None and now - _heard_at > PATIENCE):
-                raise Lost(f"rank {', '.join(str(i) for i, key in enumerate(keys) if not _store.check([key]))} is gone")
+            dead = _silent(PATIENCE) if _signal is not None else []
+            if missing := [str(other) for other in dead if not _store.check([keys[other]])]:
+                raise Lost(f"rank {', '.join(missing)} is gone")
             time.sleep(pause := min(0.2, 1.5 * pause))
         words = [int(_store.get(key)) for key in keys]
         if leader() and _meetings > 1:  # everybody has read the last one's
             for other in range(_size):
                 _store.delete_key(f"{_meetings - 1}/{other}")
-    except RuntimeError as error:  # the store has gone with the rank that held it
+    except RuntimeError as error:
         raise error if isinstance(error, Lost) else Lost("the place where ranks meet is gone") from None
     return words
 
@@ -198,7 +222,7 @@ def together():
 
 
 def listen():
-    """From now on SIGINT and SIGTERM raise Interrupted out of `together`; a second one, later, ends the process."""
+    """From now on SIGINT and SIGTERM raise Interrupted out of `together`; a second Ctrl-C ends the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _hear)
 
@@ -206,7 +230,7 @@ def listen():
 def _hear(number, frame):
     global _signal, _heard_at, _obedient
     if _signal is not None:
-        if time.monotonic() - _heard_at > 2:  # torchrun and the terminal can both send the same one
+        if number == signal.SIGINT and time.monotonic() - _heard_at > 2:  # torchrun and the terminal can both send the first
             os._exit(128 + number)
         return
     _signal, _heard_at = number, time.monotonic()
@@ -219,8 +243,12 @@ def complain(line):
     """Print an error that all ranks have, once; one that only this rank has, with its number."""
     if leader():
         print(line, file=sys.stderr, flush=True)
-    try:
-        meet(patience=5)
-    except Lost:
-        if not leader():
+        if _size > 1:
+            _store.set("complaint", "")
+        return
+    began = time.monotonic()
+    while not _store.check(["complaint"]):
+        if time.monotonic() - began > 5:
             print(f"rank {_rank}: {line}", file=sys.stderr, flush=True)
+            return
+        time.sleep(0.1)

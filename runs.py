@@ -14,6 +14,8 @@ import importlib.util
 import json
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 import ranks
@@ -97,7 +99,7 @@ class Run:
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         self.config = config
-        self.steps_done = 0
+        self.steps_done, self._saved = 0, None
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
         if self.folder.exists() and not config.resume:
@@ -118,6 +120,13 @@ class Run:
         write_whole(self.folder / "tasks.sha256", self.tasks_digest + "\n")
         write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         self._tracker = _tracker(self.config.tracker, self.folder, self.config)
+
+    def seen(self):
+        """Whether this rank sees the folder that the leader has opened, soon: shared disks may take their time."""
+        began = time.monotonic()
+        while not (found := (self.folder / "tasks.sha256").is_file()) and time.monotonic() - began < 60:
+            time.sleep(0.5)
+        return found
 
     def log(self, row):
         """Append a row to metrics.jsonl and send it to the tracker; None and non-finite numbers are left out."""
@@ -158,19 +167,26 @@ class Run:
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
         from checkpoints import save
 
-        save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
+        if self._saved != self.steps_done:
+            save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
+            self._saved = self.steps_done
 
     def load_checkpoint(self, model, optimizer):
         """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done.
 
-        0, and nothing restored, where the run was stopped before its first. Raises ValueError where there are some, but
-        none can be read.
+        0, and nothing restored, where the run was stopped before its first; the metrics that it had are then kept beside
+        the new ones. Raises ValueError where there are some checkpoints, but none can be read.
         """
         from checkpoints import load_newest
 
         self.steps_done = step = load_newest(self.folder / "checkpoints", model, optimizer)
+        self._saved = step or None
         if ranks.leader():
             rows = [row for row in self.rows() if row["step"] < step]
+            if step == 0 and self.metrics.exists():
+                old = self.metrics.with_name("metrics.old.jsonl")
+                os.replace(self.metrics, old)
+                print(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}", file=sys.stderr)
             if [row["step"] for row in rows] != list(range(step)):
                 raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))

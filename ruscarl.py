@@ -52,8 +52,7 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
     """Algorithm 1 of the paper. Each pass through the loop: scaffold, sample, judge, advantage, update, sync."""
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k,
                             logprobs=unfiltered(config))
-    silent = None if ranks.leader() else True  # None: where there is no terminal
-    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=silent) as bar:
+    with tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True, disable=ranks.silent()) as bar:
         skipped = 0  # steps in a row
         for step in range(start, config.steps):
             began = time.monotonic()
@@ -298,7 +297,7 @@ if __name__ == "__main__":
         if STATUS > 2:  # interrupted
             os._exit(STATUS)  # not sys.exit, which would wait for judge requests still under way
         sys.exit(STATUS)
-    except KeyboardInterrupt:  # before training began
-        print(f"ruscarl.py: interrupted; continue with --resume --runs {COMMAND_LINE.runs} --name {COMMAND_LINE.name}",
-              file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        if ranks.leader():
+            print("ruscarl.py: interrupted before training began", file=sys.stderr, flush=True)
         os._exit(130)

@@ -35,6 +35,8 @@ FAULTS = [  # fault, what has to come out, file and test
      "test_a_full_disk_leaves_the_last_checkpoint_whole"),
     ("newest checkpoint torn", "told, the one before it used, as uncut; all torn: refused", "faults",
      "test_a_broken_checkpoint_is_told_and_the_one_before_it_used"),
+    ("one of several files of a checkpoint missing", "told, the one before it used", "faults",
+     "test_a_checkpoint_that_lacks_a_file_is_not_used"),
     (f"judge down for {OUTAGE} s", "waited for, as uncut", "faults", "test_a_judge_that_is_down_for_a_while_is_waited_for"),
     ("judge fails in 5% of the calls", "verdicts unknown, those responses left out, run goes on", "faults",
      "test_one_verdict_in_twenty_that_fails_is_unknown_and_the_run_goes_on"),
@@ -55,9 +57,13 @@ FAULTS = [  # fault, what has to come out, file and test
     ("rank 1 of 2 dies on another node", "the other ended, by the missing sign of life", "ranks",
      "test_a_rank_that_dies_on_another_machine_ends_this_one"),
     ("disk full for one of two ranks", "told to both; last checkpoint whole", "ranks",
-     "test_a_disk_that_is_full_for_one_rank"),
+     "test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all[fill_the_disk-signs3]"),
     ("one of two ranks judges for longer than the time-out of collectives", "the other waits", "ranks",
-     "test_no_time_out_runs_while_another_rank_judges"),
+     "test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all[wait_for_a_judge-signs0]"),
+    ("SIGTERM to one of two ranks, in an update longer than its patience", "both leave together", "ranks",
+     "test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all[leave_late-signs1]"),
+    ("one of two ranks starts later than a dead one would be missed", "it is waited for", "ranks",
+     "test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all[start_late-signs2]"),
 ]
 
 

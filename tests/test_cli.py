@@ -183,6 +183,7 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         (["--max-prompt-tokens", "9000"], "the model's context is 8192"), (["--plan", "--held-out", "80"], "--held-out"),
         (["--tensor-parallel", "2", "--sampler", "transformers"], "--tensor-parallel needs --sampler vllm"),
         (["--tensor-parallel", "2"], "--tensor-parallel"),
+        (["--plan", "--gpu-gb", "80", "--gpus", "8", "--tensor-parallel", "3"], "the number of ranks, 8, cannot be divided"),
     ]
     if not torch.cuda.is_available():
         mistakes.append((["--device", "cuda"], "no CUDA"))
@@ -238,7 +239,7 @@ def test_the_house():
         "responses": "answers chat policy prepare runs sampler tasks", "progress": "prepare refine_config runs tasks",
         "refine": "chat judge prepare progress proposer refine_config responses runs sampler tail tasks",
         "evaluation": "answers chat config figures judge measures policy prepare runs tasks",
-        "plan": "memory judge policy prepare rules scaffold tasks", "calibrate": "judge prepare rules tasks",
+        "plan": "memory ranks judge policy prepare rules scaffold tasks", "calibrate": "judge prepare rules tasks",
         "ruscarl": "grpo sampler policy config ranks runs report rollouts prepare scaffold plan calibrate",
     }
     assert {p.stem for p in Path(ROOT).glob("*.py")} >= set(may_import)

@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 
+import checkpoints
 import ruscarl
 from config import Config
 from conftest import ROOT, RUN, Server, Terminal, command, completion, flags_in, read, rows, tiny_model, write_tasks
@@ -60,7 +61,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(flags, whole, tmp_path):
     terminal.send(signal.SIGKILL, "sampling", after=2)
     folder = tmp_path / "runs" / "full"
     before = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-    size = next((folder / "checkpoints" / before[-1]).iterdir()).stat().st_size
+    size = next((folder / "checkpoints" / before[-1]).glob("*.safetensors")).stat().st_size
     done = subprocess.run([sys.executable, RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume"], cwd=ROOT,
                           text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
@@ -76,7 +77,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(flags, whole, tm
     terminal.send(signal.SIGKILL, "sampling", after=3)
     folders = sorted((tmp_path / "runs" / "torn" / "checkpoints").glob("step_*"))
     assert len(folders) == 2  # --keep-checkpoints
-    (shard,) = folders[-1].iterdir()
+    (shard,) = folders[-1].glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:500_000])
     (folders[-1].parent / "part").mkdir()
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
@@ -87,6 +88,31 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(flags, whole, tm
         path.write_bytes(b"")
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
     assert status == 2 and "unreadable checkpoint" in err and "Traceback" not in err
+
+
+def test_a_checkpoint_that_lacks_a_file_is_not_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 200_000)
+    policy = tiny_model()
+    optimizer = torch.optim.AdamW(policy.parameters())
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, policy, optimizer, keep=2)
+    files = sorted((tmp_path / "step_00002").glob("*.safetensors"))
+    assert len(files) > 3
+    files[2].rename(tmp_path / "elsewhere")
+    assert checkpoints.load_newest(tmp_path, policy, optimizer) == 1
+    assert f"{files[2].name} is missing or cut off; the one before it is used" in capsys.readouterr().err
+
+
+def test_metrics_are_kept_when_all_checkpoints_are_gone(tmp_path, capsys):
+    run = Run(Config(runs=str(tmp_path), name="a", resume=True), "digest")
+    run.open()
+    for step in range(3):
+        run.log({"step": step, "time/step": 1.0})
+    again = Run(run.config, "digest")
+    policy = tiny_model()
+    assert again.load_checkpoint(policy, torch.optim.AdamW(policy.parameters())) == 0
+    assert len(read(run.folder / "metrics.old.jsonl")) == 3 and again.rows() == []
+    assert "starts again from step 0; its metrics so far are in metrics.old.jsonl" in capsys.readouterr().err
 
 
 def verdict(body, number):

@@ -108,10 +108,19 @@ def test_every_rank_has_its_engine_or_all_share_one(flags, tmp_path):
         same(*(rows(tmp_path / "runs" / run) for run in (name, "one")))
 
 
-def test_no_time_out_runs_while_another_rank_judges(tmp_path):
-    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "wait_for_a_judge", tmp_path)
+@pytest.mark.parametrize("function, signs", [
+    ("wait_for_a_judge", {"timed out"}), ("leave_late", {"left 0", "left 1"}), ("start_late", {"came 0", "came 1"}),
+    ("fill_the_disk", {"told 0", "told 1", "step_00001"}),
+])
+def test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all(function, signs, tmp_path):
+    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", function, tmp_path)
     assert status == 0, err
-    assert (tmp_path / "timed out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == signs
+
+
+def test_an_error_of_one_rank_is_told_with_its_number(tmp_path):
+    status, _, err, seconds = command(*TORCHRUN, "tests/two_ranks.py", "complain", tmp_path)
+    assert status == 1 and err.count("rank 1: the disk of this one is broken") == 1 and seconds < 50, err
 
 
 def test_a_rank_that_dies_on_another_machine_ends_this_one(tmp_path):
@@ -126,12 +135,6 @@ def test_a_rank_that_dies_on_another_machine_ends_this_one(tmp_path):
     nodes[1].communicate(timeout=60)
     assert nodes[0].returncode == nodes[1].returncode == 1 and "rank 0: stopped: rank 1 is gone" in err, err
     assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_that_is_full_for_one_rank(tmp_path):
-    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "fill_the_disk", tmp_path)
-    assert status == 0, err
-    assert (tmp_path / "told 0").exists() and (tmp_path / "told 1").exists()
 
 
 @pytest.mark.parametrize("name", ["evaluation", "refine"])

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -99,6 +100,42 @@ def die_elsewhere(folder):
         if not ranks.leader():
             os._exit(9)
     (Path(folder) / "came together").touch()
+
+
+def leave_late(folder):
+    """Only one rank is told to leave, in the middle of an update that takes longer than PATIENCE: both come out of it."""
+    ranks.BEAT, ranks.PATIENCE = 0.2, 1
+    ranks.join("cpu")
+    ranks.listen()
+    if ranks.leader():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+    try:
+        with ranks.together():
+            time.sleep(1 if ranks.leader() else 60)
+    except ranks.Interrupted as interrupted:
+        assert interrupted.status == 143
+        ranks.gather((Path(folder) / f"left {ranks.rank()}").touch())
+        ranks.leave()
+
+
+def start_late(folder):
+    """One rank comes to a collective later than a dead one would be missed: the one that waits still shows that it lives."""
+    ranks.BEAT, ranks.SILENCE = 0.2, 2
+    ranks.join("cpu")
+    time.sleep(5 * ranks.rank())
+    dist.new_group([0, 1])
+    (Path(folder) / f"came {ranks.rank()}").touch()
+    ranks.leave()
+
+
+def complain(folder):
+    """An error of one rank is told with its number."""
+    ranks.join("cpu")
+    if ranks.leader():
+        time.sleep(60)
+    ranks.complain("the disk of this one is broken")
+    sys.exit(2)
 
 
 if __name__ == "__main__":
