@@ -115,6 +115,16 @@ def _silent(seconds):
     return [other for other, last in enumerate(_alive) if time.monotonic() - last > seconds]
 
 
+def lost():
+    """After an error in a collective: the Lost that explains it, if another rank turns out to be dead; else None."""
+    began = time.monotonic()
+    while _size > 1 and time.monotonic() - began < PATIENCE + 2 * BEAT:
+        if dead := _silent(PATIENCE):
+            return Lost(f"rank {', '.join(map(str, dead))} is gone")
+        time.sleep(0.1)
+    return None
+
+
 def leave():
     """Give up the group, when all do: at the end of a run, or where all stop together."""
     import torch.distributed as dist

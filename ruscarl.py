@@ -259,6 +259,11 @@ def main(action, config: Config):
     except (ranks.Lost, OSError) as error:  # OSError: a disk that is full
         say_stopped(error, config, ranks.leader() or isinstance(error, ranks.Lost))
         return 1
+    except RuntimeError:
+        if (lost := ranks.lost()) is None:
+            raise
+        say_stopped(lost, config, aloud=True)
+        return 1
     finally:
         parts["judge"].close()
 

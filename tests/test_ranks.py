@@ -91,8 +91,7 @@ def test_when_one_dies_the_others_end_within_a_minute(flags, whole, tmp_path, dy
     assert terminal.process.wait(timeout=90) == 1
     assert time.monotonic() - start < 60
     assert not any(os.path.exists(f"/proc/{process}") for process in started.values())
-    if phase == "sampling":
-        assert f"stopped: rank {dying} is gone; continue with --resume" in terminal.text
+    assert f"stopped: rank {dying} is gone; continue with --resume" in terminal.text
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "dead", "--resume")
     assert status == 0, err
     same(rows(tmp_path / "runs" / "dead"), whole)
