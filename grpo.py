@@ -228,7 +228,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
         tokens = sum(len(s.response_ids) for s in batch)
         fresh = [s for s in batch if s.old_logp is None]
         packs = make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget)
-        for pack, turn in in_turns(packs):
+        for pack, responses in in_turns(packs):
             members = [batch[i] for i in pack.members] if pack else [Sample([0], [0], 0.0, [0])]
             with precision(model, autocast):
                 loss, sums = pack_loss(model, reference, pack or IDLE, members, params)
@@ -236,7 +236,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
             (loss * (ranks.size() / tokens if pack else 0)).backward()
             for name, value in sums.items():
                 totals[name] += value if pack else 0
-            done += len(turn)
+            done += responses
             progress(done)
         for known in ranks.gather([s.old_logp for s in fresh]):  # each rank those of its packs
             for sample, logp in zip(fresh, known):

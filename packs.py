@@ -85,7 +85,7 @@ IDLE = make_packs([[0]], [[0]], token_budget=1)[0]  # one token: as little as a 
 
 
 def in_turns(packs):
-    """Deal `packs` to the ranks, the largest first: yields, turn by turn, (this rank's pack, indices of all in the turn).
+    """Deal `packs` to the ranks, the largest first: yields, turn by turn, (this rank's pack, responses in all of the turn).
 
     Every rank gives the same packs and gets as many turns, so that the collectives of a sharded model match. In the last
     turn this rank's may be None: IDLE is to be run in its place.
@@ -93,4 +93,4 @@ def in_turns(packs):
     packs = sorted(packs, key=lambda pack: -pack.ids.numel())
     for i in range(0, len(packs), ranks.size()):
         turn = packs[i : i + ranks.size()]
-        yield turn[ranks.rank()] if ranks.rank() < len(turn) else None, [j for pack in turn for j in pack.members]
+        yield turn[ranks.rank()] if ranks.rank() < len(turn) else None, sum(len(pack.members) for pack in turn)

@@ -99,7 +99,7 @@ def _watch(store):
             for other, said in enumerate(store.multi_get(keys)):
                 if said != heard[other] or said == b"left":
                     heard[other], _alive[other] = said, time.monotonic()
-            dead = _silent(SILENCE)
+            dead = _dead(SILENCE)
         except RuntimeError:  # torchrun has ended. A meeting would notice it, too, and end better
             if _left.wait(PATIENCE):
                 return
@@ -110,8 +110,8 @@ def _watch(store):
         _left.wait(BEAT)
 
 
-def _silent(seconds):
-    """Ranks that have shown no sign of life for so long."""
+def _dead(seconds):
+    """Ranks that have shown no sign of life for so many seconds."""
     return [other for other, last in enumerate(_alive) if time.monotonic() - last > seconds]
 
 
@@ -119,7 +119,7 @@ def lost():
     """After an error in a collective: the Lost that explains it, if another rank turns out to be dead; else None."""
     began = time.monotonic()
     while _size > 1 and time.monotonic() - began < PATIENCE + 2 * BEAT:
-        if dead := _silent(PATIENCE):
+        if dead := _dead(PATIENCE):
             return Lost(f"rank {', '.join(map(str, dead))} is gone")
         time.sleep(0.1)
     return None
@@ -196,7 +196,7 @@ def meet(word=0):
     try:
         _store.set(keys[_rank], str(word))
         while not _store.check(keys):
-            dead = _silent(PATIENCE) if _signal is not None else []
+            dead = _dead(PATIENCE) if _signal is not None else []
             if missing := [str(other) for other in dead if not _store.check([keys[other]])]:
                 raise Lost(f"rank {', '.join(missing)} is gone")
             time.sleep(pause := min(0.2, 1.5 * pause))
@@ -204,8 +204,10 @@ def meet(word=0):
         if leader() and _meetings > 1:  # everybody has read the last one's
             for other in range(_size):
                 _store.delete_key(f"{_meetings - 1}/{other}")
-    except RuntimeError as error:
-        raise error if isinstance(error, Lost) else Lost("the place where ranks meet is gone") from None
+    except Lost:
+        raise
+    except RuntimeError:  # the store's
+        raise Lost("the place where ranks meet is gone") from None
     return words
 
 
@@ -226,7 +228,7 @@ def together():
         finally:
             _obedient = False
     except Interrupted:
-        pass
+        pass  # for now: the others are to hear of it at the meeting, and all raise it together
     if number := max(meet(_signal or 0)):
         raise Interrupted(number)
 

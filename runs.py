@@ -82,11 +82,6 @@ def claim(folder, settings, kept):
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
 
 
-def first_line(error):
-    """An error's message, or its name where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 class Run:
     """A run's folder. Making a Run checks that the name is free (or that config.resume is set); `open` then makes the
     folder, so that a run that never starts leaves nothing behind.

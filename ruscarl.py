@@ -257,12 +257,13 @@ def main(action, config: Config):
         ranks.leave()
         return status
     except (ranks.Lost, OSError) as error:  # OSError: a disk that is full
-        say_stopped(error, config, ranks.leader() or isinstance(error, ranks.Lost))
+        if ranks.leader() or isinstance(error, ranks.Lost):
+            say_stopped(error, config)
         return 1
     except RuntimeError:
         if (lost := ranks.lost()) is None:
             raise
-        say_stopped(lost, config, aloud=True)
+        say_stopped(lost, config)
         return 1
     finally:
         parts["judge"].close()
@@ -279,7 +280,8 @@ def train_and_save(config, parts):
         train(config, **parts)
     except (Stopped, ranks.Interrupted) as error:
         run.save_checkpoint(policy, parts["optimizer"])
-        say_stopped(error, config, ranks.leader())
+        if ranks.leader():
+            say_stopped(error, config)
         return error.status if isinstance(error, ranks.Interrupted) else 1
     save_policy(policy, parts["tokenizer"], run.folder / "policy")
     if ranks.leader():
@@ -288,11 +290,10 @@ def train_and_save(config, parts):
     return 0
 
 
-def say_stopped(reason, config, aloud):
-    """Why a run stopped and how it goes on; only where `aloud`, so that not every rank says it."""
-    if aloud:
-        print(f"ruscarl.py: stopped: {reason}; continue with --resume --runs {config.runs} --name {config.name}",
-              file=sys.stderr, flush=True)
+def say_stopped(reason, config):
+    """Why a run stopped and how it goes on."""
+    print(f"ruscarl.py: stopped: {reason}; continue with --resume --runs {config.runs} --name {config.name}",
+          file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

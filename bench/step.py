@@ -1,8 +1,8 @@
 """One step of this project against one of TRL's GRPOTrainer: the same work, interleaved, and the same loss.
 
-    python3 -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 -r bench/requirements.txt
-    python bench/step.py --trl-python /tmp/trl/bin/python --quick             under 5 minutes on 2 cores
-    python bench/step.py --trl-python /tmp/trl/bin/python --output results    two hours, 20 GB; goes on where it stopped
+    python3 -m venv trl && trl/bin/pip install torch==2.13.0 -r bench/requirements.txt
+    python bench/step.py --trl-python trl/bin/python --quick             under 5 minutes on 2 cores
+    python bench/step.py --trl-python trl/bin/python --output results    two hours, 20 GB; goes on where it stopped
 
 A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
 so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
