@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ranks
-from packs import IDLE, in_turns, make_packs, pack_mask
+from packs import IDLE, in_turns, make_packs
 
 CHUNK = 256  # response tokens whose logits exist at a time
 
@@ -111,12 +111,11 @@ def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=CH
 
 
 def _response_logprobs(model, pack, temperature, with_entropy, chunk):
-    device = next(model.parameters()).device
-    mask = pack_mask(pack.segment.to(device))
-    hidden = model.base_model(input_ids=pack.ids.to(device), position_ids=pack.positions.to(device),
-                              attention_mask=mask, use_cache=False).last_hidden_state[0]  # [tokens, width]
-    hidden = hidden[pack.logit_at.to(device)]  # [response tokens, width]
-    targets = pack.targets.to(device)
+    pack = pack.to(next(model.parameters()).device)
+    # The mask is useless on purpose: a model that does not hand `pack` on to its attention fails instead of seeing too much.
+    hidden = model.base_model(input_ids=pack.ids, position_ids=pack.positions, pack=pack, use_cache=False,
+                              attention_mask=pack.ids.new_empty(1, 1, 0, 0)).last_hidden_state[0]  # [tokens, width]
+    hidden = hidden[pack.logit_at]  # [response tokens, width]
     head = model.get_output_embeddings()
 
     def one_chunk(hidden, targets):
@@ -126,7 +125,7 @@ def _response_logprobs(model, pack, temperature, with_entropy, chunk):
         return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
     parts = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+    for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
         if torch.is_grad_enabled() and h.requires_grad:
             parts.append(checkpoint(one_chunk, h, t, use_reentrant=False))
         else:

@@ -1,27 +1,38 @@
 """Packs: a question and some of its responses in one row, and how packs are dealt to the ranks.
 
-A pack is [question, o_1, ..., o_k] with positions that restart after the question and a mask under which every
-response sees the question and itself only. The question is computed once and nothing is padded.
+A pack is [question, o_1, ..., o_k] with positions that restart after the question and an attention under which every
+response sees the question and itself only. The question is computed once; outside of the attention nothing is padded.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import embedding, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import ranks
 
 
 @dataclass
 class Pack:
-    """One row for the model: a question and some of its responses. All tensors on the CPU until they are used."""
+    """One row for the model: a question and some of its responses."""
 
     ids: torch.Tensor  # [1, tokens] question, then the responses without their last token (it predicts nothing here)
     positions: torch.Tensor  # [1, tokens] restarting after the question for every response
-    segment: torch.Tensor  # [tokens] 0 for the question, j for the j-th response
+    rows: torch.Tensor  # [responses, longest] where in the row each response's tokens are; then 0, nobody looks there
+    places: torch.Tensor  # [tokens after the question] where in the flattened `rows` each of them is
     logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
     targets: torch.Tensor  # [response tokens] the response tokens themselves
     members: list  # index into the samples, response by response
+
+    def to(self, device):
+        """A copy whose tensors are on `device`."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
+                                if field.type is torch.Tensor})
 
 
 def make_packs(prompts, responses, token_budget):
@@ -48,26 +59,29 @@ def make_packs(prompts, responses, token_budget):
 
 
 def _make_pack(prompt, members, responses):
-    ids, positions, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-    logit_at, targets = [], []
-    for j, i in enumerate(members, 1):
-        response = responses[i]
-        start = len(ids)
-        ids += response[:-1]
-        positions += range(len(prompt), len(prompt) + len(response) - 1)
-        segment += [j] * (len(response) - 1)
+    longest = max(len(responses[i]) for i in members) - 1
+    ids, positions, rows, places, logit_at, targets = list(prompt), list(range(len(prompt))), [], [], [], []
+    for j, i in enumerate(members):
+        start, length = len(ids), len(responses[i]) - 1
+        ids += responses[i][:-1]
+        positions += range(len(prompt), len(prompt) + length)
+        rows.append([*range(start, start + length), *[0] * (longest - length)])
+        places += range(j * longest, j * longest + length)
         # the question's last token predicts a response's first token; each response token predicts the next one
-        logit_at += [len(prompt) - 1, *range(start, start + len(response) - 1)]
-        targets += response
-    return Pack(torch.tensor([ids]), torch.tensor([positions]), torch.tensor(segment), torch.tensor(logit_at),
-                torch.tensor(targets), members)
+        logit_at += [len(prompt) - 1, *range(start, start + length)]
+        targets += responses[i]
+    return Pack(*(torch.tensor(part, dtype=torch.long) for part in ([ids], [positions], rows, places, logit_at, targets)),
+                members)
 
 
-def pack_mask(segment):
-    """[1, 1, tokens, tokens] boolean: True where a token (row) may look at another (column).
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **kwargs):
+    """Attention within a pack, in two parts: the question to itself, and each response to the question and to itself.
 
-    segment: [tokens]. A token sees what came before it in its own response, and the question.
-    Worked example, question of 2 tokens and two responses of 2 and 1: segment 0 0 1 1 2
+    query: [1, heads, tokens, width]; key, value: [1, kv heads, tokens, width]. The second part is a batch of responses,
+    whose keys are the question's and then their own; a token sees all of those up to its own place. Its cost grows with
+    responses x longest x (question + longest), not with the square of the pack. Without a pack: PyTorch's own attention.
+    Returns ([1, tokens, heads, width], None). Worked example, question of 2 tokens and two responses of 2 and 1: who (row)
+    sees whom (column).
 
         1 0 0 0 0
         1 1 0 0 0
@@ -75,10 +89,44 @@ def pack_mask(segment):
         1 1 1 1 0
         1 1 0 0 1
     """
-    tokens = segment.shape[0]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segment.device).tril()
-    same = segment.unsqueeze(1) == segment.unsqueeze(0)
-    return (causal & (same | (segment == 0).unsqueeze(0)))[None, None]
+    if pack is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
+
+    def attend(query, key, value):  # the last query sees all keys, the one before it one less, and so on
+        rows, heads, queries, _ = query.shape
+        if queries == key.shape[2]:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        if query.is_cuda:
+            return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), scale=scaling,
+                                                enable_gqa=True)
+        # On CPU it takes half the time when the heads that share keys are stacked, as in sampler.decode_attention.
+        mask = torch.ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
+        stacked = query.reshape(rows, key.shape[1], -1, query.shape[3])
+        mask = mask.repeat(heads // key.shape[1], 1)
+        return scaled_dot_product_attention(stacked, key, value, mask, scale=scaling).reshape(rows, heads, queries, -1)
+
+    def question(x):
+        return x[:, :, : x.shape[2] - len(pack.places)]
+
+    def responses(x):  # [responses, heads, longest, width]
+        tokens = x[0].transpose(0, 1).flatten(1)  # [tokens, heads x width]
+        return embedding(pack.rows, tokens).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+
+    def seen(x):  # by the responses
+        return torch.cat([question(x).expand(len(pack.rows), -1, -1, -1), responses(x)], dim=2)
+
+    output = attend(question(query), question(key), question(value)).transpose(1, 2)  # [1, question, heads, width]
+    if len(pack.places):
+        rows = attend(responses(query), seen(key), seen(value)).transpose(1, 2)  # [responses, longest, heads, width]
+        output = torch.cat([output, rows.flatten(0, 1).index_select(0, pack.places).unsqueeze(0)], dim=1)
+    return output, None
+
+
+ATTENTION = "packed"  # the name of packed_attention as a model's attn_implementation
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 IDLE = make_packs([[0]], [[0]], token_budget=1)[0]  # one token: as little as a forward pass can be given

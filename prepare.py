@@ -19,6 +19,7 @@ from policy import (
     keep_freed_memory,
     load_config,
     load_policy,
+    multiply_with_onednn,
     named_weights,
     prompt_ids,
     shard,
@@ -187,6 +188,7 @@ def set_up(config):
         if offload:
             say("offload: master weights, gradients and optimizer state stay in the host's memory")
     keep_freed_memory()
+    multiply_with_onednn()
     policy, tokenizer = load_policy(config.model)
     self_judged = client is None and first_unruled(tasks + held_out) is not None
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs

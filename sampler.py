@@ -161,18 +161,19 @@ class TransformersSampler:
 
     def _sample_batch(self, prompts, seeds, indices, params):
         device = self.model.device
-        longest = max(map(len, prompts))
-        pads = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts)], device=device)  # [rows, longest]
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal ones are computed once
+        longest = max(map(len, distinct))
+        pads = [longest - len(prompt) for prompt in distinct]
+        ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, distinct)], device=device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)  # [distinct, longest]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        cache = None
-        while rows:
-            output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            logprobs = filtered_logprobs(output.logits[:, -1], params)  # [rows, vocabulary]
+        logits, cache = self._forward(ids, mask, positions, None)
+        rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+        logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
+        cache.batch_select_indices(rows_of)
+        while True:
+            logprobs = filtered_logprobs(logits, params)  # [rows, vocabulary]
             tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], dtype=torch.float64,
                                                  device=device))  # [rows]
             chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() if params.logprobs else None
@@ -187,12 +188,20 @@ class TransformersSampler:
                     yield response
                 else:
                     keep.append(row)
+            if not keep:
+                return
             if len(keep) < len(rows):  # finished rows leave the batch at once
                 rows = [rows[row] for row in keep]
-                kept = torch.tensor(keep, device=device, dtype=torch.long)
+                kept = torch.tensor(keep, device=device)
                 tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-                if rows:
-                    cache.batch_select_indices(kept)
-            ids = tokens.unsqueeze(-1)  # [rows, 1]
+                cache.batch_select_indices(kept)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
             positions = positions[:, -1:] + 1
+            logits, cache = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
+
+    def _forward(self, ids, mask, positions, cache):
+        """(logits of the token after the last one [rows, vocabulary], the cache with these tokens)."""
+        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                       use_cache=True)
+        last = output.last_hidden_state[:, -1]  # [rows, width]; for [rows, 1, width] the weights would be copied
+        return self.model.get_output_embeddings()(last), output.past_key_values

@@ -51,8 +51,8 @@ def kv_bytes_per_token(config, dtype):
 
 
 def cpu_cache_bytes(config, dtype, max_model_len):
-    """Key-value cache of an engine on a CPU: 1 GiB, or what two of the longest sequences need."""
-    return max(1 << 30, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
+    """Key-value cache of an engine on a CPU: 512 MiB, or what two of the longest sequences need."""
+    return max(1 << 29, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
 
 
 class VLLMSampler:
@@ -61,8 +61,8 @@ class VLLMSampler:
     config: the policy's transformers config. The engine is built from it alone, with arbitrary weights; `sync` has to
     come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
     tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake; on CPU the key-value cache
-    takes 1 GiB, or what one sequence needs. tensor_parallel: ranks that share an engine, and have to sample the same
-    prompts. Raises ValueError for a model or a machine that vLLM refuses.
+    takes 512 MiB, or what two of the longest sequences need. tensor_parallel: ranks that share an engine, and have to
+    sample the same prompts. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
     def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import grpo
 from judge import Judge
-from policy import keep_freed_memory, load_policy, named_weights
+from policy import keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from rollouts import make_rollouts, sample_and_judge
 from ruscarl import set_advantages
 from sampler import SamplingParams, TransformersSampler, address_seed
@@ -20,12 +20,17 @@ from vllm_sampler import VLLMSampler
 
 PARAMS = grpo.LossParams(temperature=TEMPERATURE)
 TOKEN_BUDGET = 2048  # the laptop preset's
+CHECKPOINT_ABOVE = 1200  # tokens of a group: more would take more memory than TRL's micro-batches, which have as many
 
 
 def steps(pipe, work, engine):
     """A step of the loop in ruscarl.py whenever one is wanted."""
     keep_freed_memory()
+    multiply_with_onednn()
     policy, tokenizer = load_policy("smollm2")
+    if work.prompt_tokens + work.group_size * work.new_tokens > CHECKPOINT_ABOVE:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
     dtype = getattr(torch, work.dtype)
     sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens) if engine == "vllm"
                else TransformersSampler(policy, [], dtype))

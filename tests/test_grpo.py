@@ -10,7 +10,8 @@ import torch
 import checkpoints
 import grpo
 from conftest import tiny_model, tiny_tokenizer
-from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, pack_mask, policy_loss, response_logprobs
+from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, policy_loss, response_logprobs
+from packs import packed_attention
 from policy import load_policy, named_weights, save_policy, shard
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "grpo.json").read_text())
@@ -202,7 +203,17 @@ def test_packs_respect_the_budget_and_hold_every_sample_once():
 
 def test_mask_of_the_worked_example():
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert pack_mask(torch.tensor([0, 0, 1, 1, 2]))[0, 0].int().tolist() == expected
+    pack = make_packs([[5, 6]] * 2, [[7, 8, 9], [10, 11]], 100)[0]
+    alike = torch.zeros(1, 2, 5, 4)  # queries and keys: everything that is seen gets the same weight
+    output, _ = packed_attention(None, alike, alike, torch.eye(5).expand(1, 2, 5, 5), None, pack=pack)
+    assert (output[0, :, 0] > 0).int().tolist() == (output[0, :, 1] > 0).int().tolist() == expected
+
+
+def test_a_model_that_keeps_the_pack_from_its_attention_fails():
+    model = tiny_model(1)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError):
+        response_logprobs(model, make_packs([[5, 6, 7]] * 2, [[8, 9], [10, 11]], 100)[0])
 
 
 def test_entropy_and_chunks():

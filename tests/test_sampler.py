@@ -56,6 +56,19 @@ def test_a_response_does_not_depend_on_its_batch(model):
     assert [r.token_ids for r in other] != [r.token_ids for r in together]
 
 
+def test_equal_prompts_are_computed_once(model, monkeypatch):
+    sampler = TransformersSampler(model, [1])
+    prompts, seeds = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], [1, 2, 3, 4]
+    alone = [sample(sampler, [p], [s])[0] for p, s in zip(prompts, seeds, strict=True)]
+    rows, forward = [], sampler._forward
+    monkeypatch.setattr(sampler, "_forward", lambda ids, *rest: rows.append(len(ids)) or forward(ids, *rest))
+    together = sample(sampler, prompts, seeds)
+    assert rows[:2] == [2, 4]
+    for a, b in zip(together, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
 def test_greedy_equals_generate(model):
     sampler = TransformersSampler(model, [1])
     for response in sample(sampler, PROMPTS, [0] * 4, temperature=0):
