@@ -1,7 +1,7 @@
 """vLLM as the sampler: its engine in the trainer's process, with the policy's weights streamed in after every update.
 
 The functions are those of sampler.py. What vLLM would do by itself and must not: keep old weights or what it cached with
-them, end a response at tokens that are not ours, report log-probabilities before temperature.
+them, end a response at tokens that are not ours, report log-probabilities before temperature, set how float32 is multiplied.
 """
 
 import importlib.util
@@ -80,6 +80,7 @@ class VLLMSampler:
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         if ranks.size() > 1:  # the engine's workers are the ranks that are there already
             options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
+        precision = torch.backends.mkldnn.matmul.fp32_precision
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             try:
@@ -92,6 +93,7 @@ class VLLMSampler:
             except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
                 raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
                                  "(--sampler transformers needs no vllm)") from None
+        torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set it
 
     def sync(self, weights):
         """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.

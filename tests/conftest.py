@@ -71,6 +71,15 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture
+def float32_products():
+    """torch's setting of how a CPU multiplies float32, put back afterwards."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    yield setting
+    setting.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """The tiny model as a transformers folder."""

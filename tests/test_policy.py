@@ -11,9 +11,8 @@ import policy
 from policy import default_model_folder, load_policy, multiply_with_onednn, prompt_ids, save_policy, stop_ids
 
 
-def test_products_of_float32_stay_exact(request):
+def test_products_of_float32_stay_exact(float32_products):
     multiply_with_onednn()
-    request.addfinalizer(lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "none"))
     a, b = torch.randn(2, 300, 576, generator=torch.Generator().manual_seed(0)).unbind()
     exact = a.double() @ b.double().T
     assert ((a @ b.T).double() - exact).abs().max() < 1e-5 * exact.abs().max()  # bfloat16 would be off by 4e-3

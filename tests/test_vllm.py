@@ -61,10 +61,12 @@ def test_a_model_that_vllm_cannot_run_is_left_to_transformers(tmp_path):
     assert status == 0 and "sampler: transformers in" in err and "vllm refuses this model" in err
 
 
-def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close():
+def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_products):
     model, tokenizer = load_policy("smollm2")
+    float32_products.fp32_precision = "bf16"
     sampler = VLLMSampler(model.config, stop_ids(model, tokenizer), torch.bfloat16, max_model_len=256)
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in ("My knee hurts.", "I cut my finger.")]
+    assert float32_products.fp32_precision == "bf16"  # as it was
     assert gaps(sampler, model, prompts).mean() > 1
     sampler.sync(named_weights(model))
     found = gaps(sampler, model, prompts, max_new_tokens=32)  # against float32
