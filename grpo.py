@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ranks
-from packs import IDLE, in_turns, make_packs
+from packs import ATTENTION, IDLE, in_turns, make_packs
 
 CHUNK = 256  # response tokens whose logits exist at a time
 
@@ -111,6 +111,8 @@ def response_logprobs(model, pack, temperature=1.0, with_entropy=False, chunk=CH
 
 
 def _response_logprobs(model, pack, temperature, with_entropy, chunk):
+    if model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)  # without a pack it is PyTorch's own
     pack = pack.to(next(model.parameters()).device)
     # The mask is useless on purpose: a model that does not hand `pack` on to its attention fails instead of seeing too much.
     hidden = model.base_model(input_ids=pack.ids, position_ids=pack.positions, pack=pack, use_cache=False,

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import grpo
-from packs import ATTENTION
 from vllm_sampler import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
@@ -65,7 +64,7 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=ATTENTION, dtype=weights_dtype,
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype,
                                                  trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         responses = [[0] * (tokens // 8)] * 7  # the question takes the rest

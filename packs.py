@@ -95,15 +95,15 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
 
     def attend(query, key, value):  # the last query sees all keys, the one before it one less, and so on
-        rows, heads, queries, _ = query.shape
+        rows, heads, queries, width = query.shape
         if queries == key.shape[2]:
             return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         if query.is_cuda:
             return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), scale=scaling,
                                                 enable_gqa=True)
         # On CPU it takes half the time when the heads that share keys are stacked, as in sampler.decode_attention.
+        stacked = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads of each x queries, width]
         mask = torch.ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-        stacked = query.reshape(rows, key.shape[1], -1, query.shape[3])
         mask = mask.repeat(heads // key.shape[1], 1)
         return scaled_dot_product_attention(stacked, key, value, mask, scale=scaling).reshape(rows, heads, queries, -1)
 

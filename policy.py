@@ -34,7 +34,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import ranks
-from packs import ATTENTION
 from report import one_line
 
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
@@ -60,7 +59,7 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
             model, tokenizer = _load_gguf(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=ATTENTION,
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
                                                          use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
         raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
@@ -118,7 +117,7 @@ def _load_gguf(path):
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
     # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation=ATTENTION,
+    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa",
                                              trust_remote_code=False)
     model.load_state_dict(quantised.state_dict())
     return model, tokenizer

@@ -68,7 +68,6 @@ def steps(pipe, work, options):
     """A step whenever one is wanted."""
     keep_freed_memory()  # not a setting of TRL's, but it would be unfair without
     model, tokenizer = load_policy("smollm2")
-    model.set_attn_implementation("sdpa")
     tasks, clock = make_tasks(tokenizer, work), Clock(pipe)
     rules = {task.id: [rule_from_tags(criterion.tags) for criterion in task.rubric] for task in tasks}
     rubrics = {task.id: task.rubric for task in tasks}
@@ -125,7 +124,6 @@ def losses(pipe, folder, options):
              "advantages": torch.tensor(fixed["advantages"]), "num_items_in_batch": torch.tensor(total)}
     for name, old in zip(FIXED, ({}, {"old_per_token_logps": padded("old", "right")})):
         model, tokenizer = load_policy("smollm2")
-        model.set_attn_implementation("sdpa")
         distance = Distance(Path(folder, f"{name}.pt"))
         trainer = FixedSamples(
             model, lambda **kwargs: None, settings(work, {"max_grad_norm": 0.0, "max_steps": 1, **options}, folder),

@@ -25,8 +25,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from packs import ATTENTION
-
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
                                 reason="vllm is not installed (README, Install)")
@@ -55,7 +53,7 @@ def tiny_model(seed=0, tied=True):
     config = LlamaConfig(vocab_size=400, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
                          tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-                         attn_implementation=ATTENTION, initializer_range=0.1)
+                         attn_implementation="sdpa", initializer_range=0.1)
     return LlamaForCausalLM(config).eval()
 
 

@@ -230,8 +230,8 @@ def test_the_house():
     may_import = {
         "rules": "", "tasks": "rules", "scaffold": "tasks", "chat": "report", "judge": "tasks chat rules",
         "ranks": "", "packs": "ranks", "grpo": "packs ranks", "sampler": "", "vllm_sampler": "ranks sampler",
-        "policy": "packs ranks report", "config": "scaffold runs", "checkpoints": "ranks", "runs": "checkpoints ranks",
-        "report": "", "rollouts": "tasks scaffold judge policy ranks sampler", "memory": "grpo packs vllm_sampler",
+        "policy": "ranks report", "config": "scaffold runs", "checkpoints": "ranks", "runs": "checkpoints ranks",
+        "report": "", "rollouts": "tasks scaffold judge policy ranks sampler", "memory": "grpo vllm_sampler",
         "prepare": "rules tasks scaffold chat judge ranks sampler vllm_sampler policy config runs memory",
         "figures": "report", "measures": "calibrate judge",
         "answers": "chat grpo judge policy prepare rollouts runs sampler vllm_sampler",

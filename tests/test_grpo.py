@@ -201,17 +201,23 @@ def test_packs_respect_the_budget_and_hold_every_sample_once():
         assert len({tuple(samples[i].prompt_ids) for i in pack.members}) == 1
 
 
-def test_mask_of_the_worked_example():
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), pytest.param(
+    "cuda", torch.bfloat16, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_who_sees_whom_in_the_worked_example(device, dtype):
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    pack = make_packs([[5, 6]] * 2, [[7, 8, 9], [10, 11]], 100)[0]
-    alike = torch.zeros(1, 2, 5, 4)  # queries and keys: everything that is seen gets the same weight
-    output, _ = packed_attention(None, alike, alike, torch.eye(5).expand(1, 2, 5, 5), None, pack=pack)
-    assert (output[0, :, 0] > 0).int().tolist() == (output[0, :, 1] > 0).int().tolist() == expected
+    pack = make_packs([[5, 6]] * 2, [[7, 8, 9], [10, 11]], 100)[0].to(device)
+    query = torch.zeros(1, 4, 5, 8, device=device, dtype=dtype)  # 4 heads
+    key = torch.zeros(1, 2, 5, 8, device=device, dtype=dtype)  # of 2 keys: everything that is seen gets the same weight
+    value = torch.eye(5, 8, device=device, dtype=dtype).expand(1, 2, 5, 8)
+    output, _ = packed_attention(None, query, key, value, None, pack=pack)  # [1, tokens, heads, width]
+    for head in range(4):
+        assert (output[0, :, head, :5] > 0).int().tolist() == expected
 
 
 def test_a_model_that_keeps_the_pack_from_its_attention_fails():
     model = tiny_model(1)
-    model.set_attn_implementation("sdpa")
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | {"pack": None}), with_kwargs=True)
     with pytest.raises(RuntimeError):
         response_logprobs(model, make_packs([[5, 6, 7]] * 2, [[8, 9], [10, 11]], 100)[0])
 

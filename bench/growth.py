@@ -1,0 +1,172 @@
+"""How the update's cost grows: seconds and memory against group size, response length and vocabulary.
+
+    python bench/growth.py --output results [--rounds 3]
+
+One minibatch of one question, float32 on CPU, random weights: seconds to the new weights, and the memory that the update
+takes beyond weights, gradients and optimizer state. Each point is a process of its own; "one by one" puts every response
+into a pack of its own, so that the question is computed for each. Writes growth.jsonl, growth.md and growth.png.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import grpo
+from lab_report import write
+from policy import keep_freed_memory, multiply_with_onednn
+from step import machine
+
+SMOLLM2 = {"vocab": 49152, "width": 576, "layers": 30}
+NARROW = {"width": 64, "layers": 2, "question": 256, "group": 8}  # so that the vocabulary is what is seen
+USUAL = {**SMOLLM2, "question": 256, "response": 128, "group": 8, "budget": 2048}
+ALONE = {"budget": 1}
+LENGTHS = (128, 512)  # of responses, with which a vocabulary is tried: their difference is what a token costs
+POINTS = {
+    "group size": [{**USUAL, "group": n, **more} for more in ({}, ALONE) for n in (1, 2, 4, 8, 16, 32)],
+    "response length": [{**USUAL, "response": n, **more} for more in ({}, ALONE) for n in (32, 64, 128, 256, 512)],
+    "vocabulary": [{**USUAL, **NARROW, "vocab": n, "response": r, "budget": 8192}
+                   for n in (2_000, 8_000, 32_000, 64_000, 152_000) for r in LENGTHS],
+}
+
+
+def memory(name):
+    """A line of /proc/self/status, in bytes: VmRSS, resident now, or VmHWM, its largest since it was last reset."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+def measure(point, rounds):
+    """{seconds: [of each round], memory: bytes beyond what is always there} of a point; in a process of its own."""
+    multiply_with_onednn()
+    torch.manual_seed(0)
+    width, rng = point["width"], random.Random(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=point["vocab"], hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=point["layers"],
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 192), head_dim=64, tie_word_embeddings=True,
+        attn_implementation="sdpa")).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def update():
+        question = [rng.randrange(point["vocab"]) for _ in range(point["question"])]
+        responses = [[rng.randrange(point["vocab"]) for _ in range(point["response"])] for _ in range(point["group"])]
+        samples = [grpo.Sample(question, response, rng.gauss(0, 1), question) for response in responses]
+        began = time.monotonic()
+        grpo.update(model, optimizer, [samples], grpo.LossParams(), token_budget=point["budget"])
+        return time.monotonic() - began
+
+    update()  # from here on there is an optimizer state
+    gradients = sum(parameter.numel() * 4 for parameter in model.parameters())
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+    before = memory("VmRSS")
+    update()
+    beyond = memory("VmHWM") - before - gradients
+    keep_freed_memory()
+    update()
+    return {"seconds": [update() for _ in range(rounds)], "memory": max(0, beyond)}
+
+
+def run(point, rounds):
+    """`measure` in a new process."""
+    done = subprocess.run([sys.executable, __file__, "--point", json.dumps(point), "--rounds", str(rounds)],
+                          capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{point}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def vocabulary_costs(rows):
+    """[(vocabulary, bytes that another response token takes)], from the two lengths of responses."""
+    by = {(row["vocab"], row["response"]): row for row in rows}
+    short, long = LENGTHS
+    return [(n, (by[n, long]["memory"] - by[n, short]["memory"]) / (by[n, long]["group"] * (long - short)))
+            for n in sorted({n for n, _ in by})]
+
+
+def picture(found, path):
+    """Three panels: group size and response length (seconds; memory dotted), and what a token costs by vocabulary."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, experiment, key in zip(axes, ("group size", "response length"), ("group", "response")):
+        twin = axis.twinx()
+        for budget, label, color in ((USUAL["budget"], "shared question", "#1f77b4"), (1, "one by one", "#7f7f7f")):
+            rows = [row for row in found[experiment] if row["budget"] == budget]
+            across = [row[key] for row in rows]
+            axis.plot(across, [median(row["seconds"]) for row in rows], "o-", color=color, label=f"{label}: seconds")
+            twin.plot(across, [row["memory"] / 1e9 for row in rows], "s:", color=color, label=f"{label}: GB")
+        axis.set(xlabel=experiment + (", responses" if key == "group" else ", tokens"), ylabel="seconds (solid)", ylim=0)
+        twin.set(ylabel="GB beyond weights, gradients, Adam (dotted)", ylim=0)
+        axis.legend(frameon=False)
+    costs = vocabulary_costs(found["vocabulary"])
+    axes[2].plot([n for n, _ in costs], [cost / 1e3 for _, cost in costs], "o-", label="this update")
+    axes[2].plot([n for n, _ in costs], [4 * n / 1e3 for n, _ in costs], "--", color="#7f7f7f",
+                 label="one float32 row of logits")
+    axes[2].set(xlabel="vocabulary", ylabel="KB that another response token takes", ylim=0)
+    axes[2].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def table(found):
+    """Lines of Markdown tables."""
+    lines = []
+    for experiment in ("group size", "response length"):
+        lines += [f"## By {experiment}", "",
+                  f"| {experiment} | packs | seconds: median (min to max) | GB beyond what stays |", "|---|---|---|---|"]
+        for row in found[experiment]:
+            lines.append(f"| {row['group' if experiment == 'group size' else 'response']} | "
+                         f"{'one by one' if row['budget'] == 1 else 'shared question'} | {median(row['seconds']):.2f} "
+                         f"({min(row['seconds']):.2f} to {max(row['seconds']):.2f}) | {row['memory'] / 1e9:.2f} |")
+        lines.append("")
+    lines += ["## By vocabulary", "", "| vocabulary | response tokens | seconds: median (min to max) | GB beyond what stays "
+              "| KB that another response token takes |", "|---|---|---|---|---|"]
+    costs = dict(vocabulary_costs(found["vocabulary"]))
+    for row in found["vocabulary"]:
+        cost = f"{costs[row['vocab']] / 1e3:.1f}" if row["response"] == LENGTHS[-1] else ""
+        lines.append(f"| {row['vocab']:,} | {row['group']} x {row['response']} | {median(row['seconds']):.2f} "
+                     f"({min(row['seconds']):.2f} to {max(row['seconds']):.2f}) | {row['memory'] / 1e9:.2f} | {cost} |")
+    return lines
+
+
+def main():
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", help="folder for growth.jsonl, growth.md and growth.png")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(json.loads(args.point), args.rounds)))
+        return
+    found, points = {}, [(experiment, point) for experiment, points in POINTS.items() for point in points]
+    for experiment, point in tqdm(points, "points", disable=None):
+        found.setdefault(experiment, []).append({**point, **run(point, args.rounds)})
+    lines = ["# How the update's cost grows", "",
+             f"`{' '.join(['python bench/growth.py', *sys.argv[1:]])}`, {date.today()}, {machine()}, no GPU; torch "
+             f"{torch.__version__}. float32, random weights. Where nothing else is said: one question of "
+             f"{USUAL['question']} tokens, {USUAL['group']} responses of {USUAL['response']}, packs of at most "
+             f"{USUAL['budget']:,} tokens, a model of SmolLM2-135M's shape; for the vocabularies one of width "
+             f"{NARROW['width']} with {NARROW['layers']} layers.", "",
+             "![growth](growth.png)", "", *table(found)]
+    print("\n".join(lines))
+    if args.output:
+        folder = Path(args.output)
+        folder.mkdir(exist_ok=True)
+        (folder / "growth.jsonl").write_text("".join(json.dumps({"experiment": experiment, **row}) + "\n"
+                                                     for experiment, rows in found.items() for row in rows))
+        write(folder / "growth.md", lines)
+        picture(found, folder / "growth.png")
+
+
+if __name__ == "__main__":
+    main()
