@@ -78,7 +78,7 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
         width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
     logits = 6 * grpo.CHUNK * text.vocab_size * 4  # logits, log-softmax, its exponential and their gradients
-    return total, layer + logits + tokens * tokens * 5  # the mask, as boolean and as numbers
+    return total, layer + logits
 
 
 def parts(config, model_config, device, vllm, offload, dtype, question=None, prompt=None):

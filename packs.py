@@ -28,6 +28,7 @@ class Pack:
     logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
     targets: torch.Tensor  # [response tokens] the response tokens themselves
     members: list  # index into the samples, response by response
+    bias: torch.Tensor | None = None  # set by packed_attention on a CPU, the same in every layer
 
     def to(self, device):
         """A copy whose tensors are on `device`."""
@@ -103,9 +104,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
                                                 enable_gqa=True)
         # On CPU it takes half the time when the heads that share keys are stacked, as in sampler.decode_attention.
         stacked = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads of each x queries, width]
-        mask = torch.ones(queries, key.shape[2], dtype=torch.bool).tril(key.shape[2] - queries)
-        mask = mask.repeat(heads // key.shape[1], 1)
-        return scaled_dot_product_attention(stacked, key, value, mask, scale=scaling).reshape(rows, heads, queries, -1)
+        if pack.bias is None:
+            unseen = torch.full((queries, key.shape[2]), -torch.inf).triu(key.shape[2] - queries + 1)
+            pack.bias = unseen.repeat(heads // key.shape[1], 1)
+        return scaled_dot_product_attention(stacked, key, value, pack.bias, scale=scaling).reshape(rows, heads, queries, -1)
 
     def question(x):
         return x[:, :, : x.shape[2] - len(pack.places)]

@@ -140,6 +140,7 @@ def measure(work, engines, rounds, trl_python, rows, keep):
         for name in engines:  # one after another: nobody is to compute while another one loads or steps
             started.append(Engine(name, trl_python, "steps", json.dumps(asdict(work))))
             started[-1].versions = started[-1].read()["versions"]
+            started[-1].step()  # the first one allocates
         prompts = set()
         for r in missing:
             for engine in started[r % len(started):] + started[: r % len(started)]:
@@ -227,7 +228,7 @@ def report(rows, command):
              "questions x tokens of each + tokens of a response, G responses to each. Trained weights, gradients and AdamW "
              "are float32 everywhere, computing is in the dtype. Samples a second: sampling and judging. Update tokens: "
              "response tokens, from the advantages to the new weights (with vLLM: in the sampler, too). Peak: largest "
-             "resident set of the process. The first of the rounds is in it, too: the median does not see it.", "",
+             "resident set of the process. A first step of each process is not counted.", "",
              "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most 1,200 tokens: "
              "larger ones were not faster and take more memory. No gradient checkpointing; freed memory is kept as ours is. "
              "Where there is no CUDA it computes the logits of the questions, too.", ""]
