@@ -32,8 +32,8 @@ class Pack:
 
     def to(self, device):
         """A copy whose tensors are on `device`."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
-                                if field.type is torch.Tensor})
+        return replace(self, bias=None, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
+                                           if field.type is torch.Tensor})
 
 
 def make_packs(prompts, responses, token_budget):
