@@ -93,7 +93,8 @@ class VLLMSampler:
             except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
                 raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
                                  "(--sampler transformers needs no vllm)") from None
-        torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set it
+            finally:
+                torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set it
 
     def sync(self, weights):
         """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.

@@ -27,11 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import grpo
 from lab_report import write
 from policy import keep_freed_memory, multiply_with_onednn
-from step import machine
+from step import machine, memory, spread
 
-SMOLLM2 = {"vocab": 49152, "width": 576, "layers": 30}
-NARROW = {"width": 64, "layers": 2, "question": 256, "group": 8}  # so that the vocabulary is what is seen
-USUAL = {**SMOLLM2, "question": 256, "response": 128, "group": 8, "budget": 2048}
+USUAL = {"vocab": 49152, "width": 576, "layers": 30,  # SmolLM2-135M's
+         "question": 256, "response": 128, "group": 8, "budget": 2048}
+NARROW = {"width": 64, "layers": 2}  # so that the vocabulary is what is seen
 ALONE = {"budget": 1}
 LENGTHS = (128, 512)  # of responses, with which a vocabulary is tried: their difference is what a token costs
 POINTS = {
@@ -40,11 +40,6 @@ POINTS = {
     "vocabulary": [{**USUAL, **NARROW, "vocab": n, "response": r, "budget": 8192}
                    for n in (2_000, 8_000, 32_000, 64_000, 152_000) for r in LENGTHS],
 }
-
-
-def memory(name):
-    """A line of /proc/self/status, in bytes: VmRSS, resident now, or VmHWM, its largest since it was last reset."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def measure(point, rounds):
@@ -125,16 +120,16 @@ def table(found):
                   f"| {experiment} | packs | seconds: median (min to max) | GB beyond what stays |", "|---|---|---|---|"]
         for row in found[experiment]:
             lines.append(f"| {row['group' if experiment == 'group size' else 'response']} | "
-                         f"{'one by one' if row['budget'] == 1 else 'shared question'} | {median(row['seconds']):.2f} "
-                         f"({min(row['seconds']):.2f} to {max(row['seconds']):.2f}) | {row['memory'] / 1e9:.2f} |")
+                         f"{'one by one' if row['budget'] == 1 else 'shared question'} | "
+                         f"{spread(row['seconds'], 2)} | {row['memory'] / 1e9:.2f} |")
         lines.append("")
     lines += ["## By vocabulary", "", "| vocabulary | response tokens | seconds: median (min to max) | GB beyond what stays "
               "| KB that another response token takes |", "|---|---|---|---|---|"]
     costs = dict(vocabulary_costs(found["vocabulary"]))
     for row in found["vocabulary"]:
         cost = f"{costs[row['vocab']] / 1e3:.1f}" if row["response"] == LENGTHS[-1] else ""
-        lines.append(f"| {row['vocab']:,} | {row['group']} x {row['response']} | {median(row['seconds']):.2f} "
-                     f"({min(row['seconds']):.2f} to {max(row['seconds']):.2f}) | {row['memory'] / 1e9:.2f} | {cost} |")
+        lines.append(f"| {row['vocab']:,} | {row['group']} x {row['response']} | "
+                     f"{spread(row['seconds'], 2)} | {row['memory'] / 1e9:.2f} | {cost} |")
     return lines
 
 

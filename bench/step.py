@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # who waits must not spin
 TEMPERATURE, LR = 0.7, 1e-6
 CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}  # question, response, samples
+MICRO_BATCH = 1200  # tokens of TRL's: larger ones were not faster, and take more memory
 FIXED = ("ratio 1", "old log-probabilities perturbed")  # the two losses that are compared
 
 
@@ -71,8 +72,17 @@ class Pipe:
 
     def answer(self, **row):
         """Send `row` with the largest resident set of this process so far, in bytes."""
-        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-        print(json.dumps({**row, "peak": int(peak) * 1024}), file=self._answers, flush=True)
+        print(json.dumps({**row, "peak": memory("VmHWM")}), file=self._answers, flush=True)
+
+
+def memory(name):
+    """A line of /proc/self/status, in bytes: VmRSS, resident now, or VmHWM, its largest since it was last reset."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+
+
+def spread(values, digits):
+    """Median and range, for a table."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def make_tasks(tokenizer, work):
@@ -189,10 +199,10 @@ def step_table(rows, dtype):
                       for r, row in rounds.items() if engine != "trl" and r in engines.get("trl", {})]
             lines.append(
                 f"| {work.case}: {work.questions} x {work.prompt_tokens} + {work.new_tokens} | {work.group_size} | "
-                f"{title(engine)} | {median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
+                f"{title(engine)} | {spread(seconds, 1)} | "
                 f"{work.samples / sample:.2f} | {work.samples * work.new_tokens / update:.0f} | "
                 f"{max(row['peak'] for row in rounds.values()) / 1e9:.1f} | "
-                + (f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "") + " |")
+                + (spread(ratios, 2) if ratios else "") + " |")
     return lines
 
 
@@ -229,9 +239,9 @@ def report(rows, command):
              "are float32 everywhere, computing is in the dtype. Samples a second: sampling and judging. Update tokens: "
              "response tokens, from the advantages to the new weights (with vLLM: in the sampler, too). Peak: largest "
              "resident set of the process. A first step of each process is not counted.", "",
-             "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most 1,200 tokens: "
-             "larger ones were not faster and take more memory. No gradient checkpointing; freed memory is kept as ours is. "
-             "Where there is no CUDA it computes the logits of the questions, too.", ""]
+             "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most "
+             f"{MICRO_BATCH:,} tokens: larger ones were not faster and take more memory. No gradient checkpointing; freed "
+             "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too.", ""]
     for dtype in ("float32", "bfloat16"):
         if any(row.get("dtype") == dtype for row in rows):
             lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]

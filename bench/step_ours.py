@@ -15,12 +15,11 @@ from policy import keep_freed_memory, load_policy, multiply_with_onednn, named_w
 from rollouts import make_rollouts, sample_and_judge
 from ruscarl import set_advantages
 from sampler import SamplingParams, TransformersSampler, address_seed
-from step import FIXED, LR, TEMPERATURE, Pipe, Work, make_tasks
+from step import FIXED, LR, MICRO_BATCH, TEMPERATURE, Pipe, Work, make_tasks
 from vllm_sampler import VLLMSampler
 
 PARAMS = grpo.LossParams(temperature=TEMPERATURE)
 TOKEN_BUDGET = 2048  # the laptop preset's
-CHECKPOINT_ABOVE = 1200  # tokens of a group: more would take more memory than TRL's micro-batches, which have as many
 
 
 def steps(pipe, work, engine):
@@ -28,7 +27,7 @@ def steps(pipe, work, engine):
     keep_freed_memory()
     multiply_with_onednn()
     policy, tokenizer = load_policy("smollm2")
-    if work.prompt_tokens + work.group_size * work.new_tokens > CHECKPOINT_ABOVE:
+    if work.prompt_tokens + work.group_size * work.new_tokens > MICRO_BATCH:  # it would take more memory than TRL's do
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
     dtype = getattr(torch, work.dtype)

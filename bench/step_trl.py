@@ -20,15 +20,13 @@ from trl.trainer.utils import pad
 from judge import score
 from policy import keep_freed_memory, load_policy
 from rules import rule_from_tags
-from step import FIXED, LR, TEMPERATURE, Pipe, Work, make_tasks
-
-TOKEN_BUDGET = 1200  # of a micro-batch: larger ones were not faster, and take more memory
+from step import FIXED, LR, MICRO_BATCH, TEMPERATURE, Pipe, Work, make_tasks
 
 
 def settings(work, options, folder):
     """A GRPOConfig for `work`. options: what is to be otherwise."""
     fits = [n for n in range(1, work.samples + 1)
-            if work.samples % n == 0 and n * (work.prompt_tokens + work.new_tokens) <= TOKEN_BUDGET]
+            if work.samples % n == 0 and n * (work.prompt_tokens + work.new_tokens) <= MICRO_BATCH]
     size = options.get("per_device_train_batch_size", max(fits, default=1))
     return GRPOConfig(**{**dict(
         output_dir=folder, use_cpu=True, bf16=work.dtype == "bfloat16", per_device_train_batch_size=size,
