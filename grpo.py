@@ -123,8 +123,9 @@ def _response_logprobs(model, pack, temperature, with_entropy, chunk):
     def one_chunk(hidden, targets):
         logits = head(hidden).float() / temperature  # [chunk, vocabulary]
         logp = logits.log_softmax(-1)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1) if with_entropy else None
-        return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+        chosen = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # checkpoint stops here when it computes this again
+        entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1) if with_entropy else None
+        return chosen, entropy
 
     parts = []
     for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):

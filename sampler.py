@@ -19,7 +19,9 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -81,9 +83,9 @@ def filtered_logprobs(logits, params):
 def draw(logprobs, uniforms):
     """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: float64 [rows] in [0, 1).
 
-    In float64: a float32 sum over a large vocabulary would swallow its unlikeliest tokens. Returns [rows].
+    Summed in float64: in float32, a large vocabulary's sum would swallow its unlikeliest tokens. Returns [rows].
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # the sum is 1 only up to rounding
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
 
@@ -107,6 +109,39 @@ def decode_attention(module, query, key, value, attention_mask, scaling=None, dr
 
 AttentionInterface.register("decode", decode_attention)
 AttentionMaskInterface.register("decode", sdpa_mask)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
+
+    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it.
+    """
+
+    block, tokens = 64, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append the keys and values of new tokens, each [rows, kv heads, new, width]; returns all of them and the room."""
+        if not self.tokens:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            self.tokens = key_states.shape[2]
+            return key_states, value_states
+        past, room = self.tokens, self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
+        if room > 0:
+            self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
+        self.tokens += key_states.shape[2]
+        self.keys[:, :, past : self.tokens] = key_states
+        self.values[:, :, past : self.tokens] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        """Tokens so far."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length):
+        """(number of keys that `update` returns for so many new tokens, 0)."""
+        tokens = self.tokens + query_length
+        return (-(-tokens // self.block) * self.block if self.tokens else tokens), 0
 
 
 class TransformersSampler:
@@ -168,7 +203,9 @@ class TransformersSampler:
         mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)  # [distinct, longest]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        logits, cache = self._forward(ids, mask, positions, None)
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        logits = self._forward(ids, mask, positions, cache)
         rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
         cache.batch_select_indices(rows_of)
@@ -197,11 +234,11 @@ class TransformersSampler:
                 cache.batch_select_indices(kept)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
             positions = positions[:, -1:] + 1
-            logits, cache = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
+            logits = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
 
     def _forward(self, ids, mask, positions, cache):
-        """(logits of the token after the last one [rows, vocabulary], the cache with these tokens)."""
+        """Logits of the token after the last one, [rows, vocabulary]; the cache has these tokens afterwards."""
         output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                                        use_cache=True)
         last = output.last_hidden_state[:, -1]  # [rows, width]; for [rows, 1, width] the weights would be copied
-        return self.model.get_output_embeddings()(last), output.past_key_values
+        return self.model.get_output_embeddings()(last)
