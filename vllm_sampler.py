@@ -15,6 +15,9 @@ import torch
 import ranks
 from sampler import Response, SamplingParams
 
+MAX_NUM_SEQS = 256  # sequences in flight
+CPU_BLOCK = 128  # tokens of key-value cache that a sequence gets at a time
+
 
 def vllm_obstacle(device):
     """Why vLLM cannot sample beside a policy on `device` ("cpu" or "cuda"), or None where it can."""
@@ -50,9 +53,10 @@ def kv_bytes_per_token(config, dtype):
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
 
 
-def cpu_cache_bytes(config, dtype, max_model_len):
-    """Key-value cache of an engine on a CPU: 512 MiB, or what two of the longest sequences need."""
-    return max(1 << 29, 2 * kv_bytes_per_token(config, dtype) * max_model_len)
+def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs=MAX_NUM_SEQS):
+    """Key-value cache of an engine on a CPU: for so many of the longest sequences up to 512 MiB, but at least for two."""
+    sequence = kv_bytes_per_token(config, dtype) * -(-max_model_len // CPU_BLOCK) * CPU_BLOCK
+    return max(2 * sequence, min((max_num_seqs + 1) * sequence, 1 << 29))  # of the one more, vLLM keeps a block empty
 
 
 class VLLMSampler:
@@ -61,21 +65,21 @@ class VLLMSampler:
     config: the policy's transformers config. The engine is built from it alone, with arbitrary weights; `sync` has to
     come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
     tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake; on CPU the key-value cache
-    takes 512 MiB, or what two of the longest sequences need. tensor_parallel: ranks that share an engine, and have to
-    sample the same prompts. Raises ValueError for a model or a machine that vLLM refuses.
+    takes cpu_cache_bytes. tensor_parallel: ranks that share an engine, and have to sample the same prompts. max_num_seqs:
+    sequences in flight, at most; the others wait. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
     def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,
-                 tensor_parallel=1):
+                 tensor_parallel=1, max_num_seqs=MAX_NUM_SEQS):
         self._vllm = _import_vllm()
         self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
         self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
         if self.on_gpu:
-            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": 256}
+            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": max_num_seqs}
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
-            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len), "enforce_eager": True,
-                       "max_num_seqs": 128,
+            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs),
+                       "enforce_eager": True, "max_num_seqs": min(max_num_seqs, 128),
                        # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         if ranks.size() > 1:  # the engine's workers are the ranks that are there already

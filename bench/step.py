@@ -7,9 +7,10 @@
 A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
 so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
 (step_ours.py, step_trl.py); they do their steps in turn, one at a time. Without --trl-python this project's samplers are
-compared with each other. trl:key=value,key=value is one more engine, TRL with other settings of GRPOConfig:
+compared with each other. trl:key=value,key=value is one more engine, TRL with other settings of GRPOConfig, or with
+onednn=true, which has its float32 products done as ours are:
 
-    python bench/step.py --trl-python ... --cases short --engines trl trl:per_device_train_batch_size=1
+    python bench/step.py --trl-python ... --cases short --engines trl trl:per_device_train_batch_size=1 trl:onednn=true
 """
 
 import argparse
@@ -241,7 +242,9 @@ def report(rows, command):
              "resident set of the process. A first step of each process is not counted.", "",
              "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most "
              f"{MICRO_BATCH:,} tokens: larger ones were not faster and take more memory. No gradient checkpointing; freed "
-             "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too.", ""]
+             "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too. "
+             "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. Ours checkpoints "
+             "gradients where question and responses of a group have more tokens than TRL's micro-batch.", ""]
     for dtype in ("float32", "bfloat16"):
         if any(row.get("dtype") == dtype for row in rows):
             lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]

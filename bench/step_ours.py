@@ -31,8 +31,8 @@ def steps(pipe, work, engine):
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
     dtype = getattr(torch, work.dtype)
-    sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens) if engine == "vllm"
-               else TransformersSampler(policy, [], dtype))
+    sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens, max_num_seqs=work.samples)
+               if engine == "vllm" else TransformersSampler(policy, [], dtype))
     sampler.sync(named_weights(policy))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     tasks, judge, bar = make_tasks(tokenizer, work), Judge(), tqdm(disable=True)

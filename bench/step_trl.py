@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
 from judge import score
-from policy import keep_freed_memory, load_policy
+from policy import keep_freed_memory, load_policy, multiply_with_onednn
 from rules import rule_from_tags
 from step import FIXED, LR, MICRO_BATCH, TEMPERATURE, Pipe, Work, make_tasks
 
@@ -65,6 +65,8 @@ class Clock(TrainerCallback):
 def steps(pipe, work, options):
     """A step whenever one is wanted."""
     keep_freed_memory()  # not a setting of TRL's, but it would be unfair without
+    if options.pop("onednn", False):
+        multiply_with_onednn()
     model, tokenizer = load_policy("smollm2")
     tasks, clock = make_tasks(tokenizer, work), Clock(pipe)
     rules = {task.id: [rule_from_tags(criterion.tags) for criterion in task.rubric] for task in tasks}
