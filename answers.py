@@ -21,7 +21,7 @@ from urllib3.util import Retry
 import grpo
 from chat import ChatClient
 from judge import Judge, score
-from policy import named_weights, stop_ids, why_refused
+from policy import multiply_with_onednn, named_weights, stop_ids, why_refused
 from prepare import first_unruled, make_judge
 from rollouts import make_rollouts, sample_and_judge
 from runs import whole_lines
@@ -123,6 +123,7 @@ def complete(side, config, tasks, samples, policy, tokenizer, context, setup):
 def make_sampler(config, policy, tokenizer, context, setup):
     """A sampler with the policy's weights. context: what its prompts and responses must fit in; None: the settings'."""
     stops = stop_ids(policy, tokenizer)
+    multiply_with_onednn()
     if setup.vllm:
         longest = context or config.max_prompt_tokens + config.max_new_tokens
         sampler = VLLMSampler(policy.config, stops, setup.dtype, longest, gpu_memory=0.85)

@@ -239,6 +239,12 @@ def multiply_with_onednn():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def checkpoint_gradients(policy):
+    """Have `policy` keep only the input of each layer for the backward pass, and compute the rest again there."""
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.train()  # transformers does so only in training mode
+
+
 def keep_freed_memory():
     """Tell glibc to reuse large freed blocks instead of returning them to the system; a no-op elsewhere.
 

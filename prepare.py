@@ -15,6 +15,7 @@ from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge, Judge, SelfJudge
 from policy import (
+    checkpoint_gradients,
     cpu_dtype,
     keep_freed_memory,
     load_config,
@@ -208,8 +209,7 @@ def set_up(config):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     start = run.load_checkpoint(policy, optimizer) if config.resume else 0
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()  # transformers checkpoints only in training mode
+        checkpoint_gradients(policy)
     sampler.sync(named_weights(policy))
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
     run.open()

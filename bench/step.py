@@ -243,8 +243,8 @@ def report(rows, command):
              "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most "
              f"{MICRO_BATCH:,} tokens: larger ones were not faster and take more memory. No gradient checkpointing; freed "
              "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too. "
-             "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. Ours checkpoints "
-             "gradients where question and responses of a group have more tokens than TRL's micro-batch.", ""]
+             "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. "
+             "Ours checkpoints gradients where a group has more tokens than TRL's micro-batch.", ""]
     for dtype in ("float32", "bfloat16"):
         if any(row.get("dtype") == dtype for row in rows):
             lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import grpo
 from judge import Judge
-from policy import keep_freed_memory, load_policy, multiply_with_onednn, named_weights
+from policy import checkpoint_gradients, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from rollouts import make_rollouts, sample_and_judge
 from ruscarl import set_advantages
 from sampler import SamplingParams, TransformersSampler, address_seed
@@ -28,8 +28,7 @@ def steps(pipe, work, engine):
     multiply_with_onednn()
     policy, tokenizer = load_policy("smollm2")
     if work.prompt_tokens + work.group_size * work.new_tokens > MICRO_BATCH:  # it would take more memory than TRL's do
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()
+        checkpoint_gradients(policy)
     dtype = getattr(torch, work.dtype)
     sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens, max_num_seqs=work.samples)
                if engine == "vllm" else TransformersSampler(policy, [], dtype))

@@ -12,7 +12,7 @@ import grpo
 from conftest import tiny_model, tiny_tokenizer
 from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, policy_loss, response_logprobs
 from packs import packed_attention
-from policy import load_policy, named_weights, save_policy, shard
+from policy import checkpoint_gradients, load_policy, named_weights, save_policy, shard
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "grpo.json").read_text())
 
@@ -258,8 +258,7 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
         torch.distributed.destroy_process_group()
     plain, sharded = tiny_model(1, tied).to(device), tiny_model(1, tied)
     for model in (plain, sharded):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        checkpoint_gradients(model)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=0, world_size=1,
                                          store=torch.distributed.HashStore())
     shard(sharded, device, torch.float32, offload)
