@@ -43,6 +43,12 @@ def ranks_of(config):
     return ranks, min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def samples_at_once(config, team=1):
+    """Samples that a sampler draws at a time, at most: its share of a step or a validation. team: ranks that share one."""
+    samples = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
+    return -(-samples * team // ranks_of(config)[0])
+
+
 def count_parameters(model_config):
     """Number of parameters of the model, tied ones once."""
     with torch.device("meta"):
@@ -118,11 +124,10 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     if vllm and gpu:
         cache = config.group_size * longest * kv / team  # at the least: a group of the longest responses at a time
     elif vllm:
-        cache = cpu_cache_bytes(model_config, dtype, longest)
+        cache = cpu_cache_bytes(model_config, dtype, longest, samples_at_once(config, team))
     else:
-        rows = -(-max(config.batch_size * config.group_size, config.held_out * config.eval_samples) // ranks)
         row = (prompt or config.max_prompt_tokens) + config.max_new_tokens
-        cache = min(rows * row, max(32768, row)) * kv
+        cache = min(samples_at_once(config) * row, max(32768, row)) * kv
     result.append(Part("key-value cache, at least" if vllm and gpu else "key-value cache", cache,
                        when="sampling" if gpu else when))
     result.append(Part("interpreter and libraries", LIBRARIES["host"] + LIBRARIES["vllm"] * vllm,

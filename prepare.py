@@ -136,12 +136,15 @@ def choose_sampler(config, device):
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
-def make_sampler(config, policy, stops, dtype, device, vllm, why, longest, gpu_memory):
-    """The sampler, announced; with --sampler auto, transformers takes over where vLLM refuses the model."""
+def make_sampler(config, policy, stops, dtype, device, vllm, why, **limits):
+    """The sampler, announced; with --sampler auto, transformers takes over where vLLM refuses the model.
+
+    limits: of VLLMSampler, by name.
+    """
     precision = str(dtype).removeprefix("torch.")
     if vllm:
         try:
-            sampler = VLLMSampler(policy.config, stops, dtype, longest, gpu_memory, config.tensor_parallel)
+            sampler = VLLMSampler(policy.config, stops, dtype, tensor_parallel=config.tensor_parallel, **limits)
             say(f"sampler: vllm in {precision} ({why})")
             return sampler
         except ValueError as error:
@@ -194,8 +197,11 @@ def set_up(config):
     self_judged = client is None and first_unruled(tasks + held_out) is not None
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
     # Before the policy takes its part of the GPU. What a judge reads is longer than what it judges.
-    longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
-    sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, longest, gpu_memory)
+    limits = ({"max_model_len": context} if self_judged else
+              {"max_model_len": config.max_prompt_tokens + config.max_new_tokens,
+               "max_num_seqs": memory.samples_at_once(config, config.tensor_parallel)})
+    sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, gpu_memory=gpu_memory,
+                           **limits)
     sharded = device == "cuda" or ranks.size() > 1
     autocast = None if device == "cuda" or dtype == torch.float32 else dtype
     if sharded:

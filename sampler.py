@@ -1,7 +1,7 @@
 """Sampler: prompts of token ids in, responses of token ids out, one by one as they finish.
 
 Two of them behind the same functions: vllm_sampler.VLLMSampler wherever vLLM runs, and TransformersSampler here, which
-needs nothing but torch.
+needs no vLLM.
 
     sample(prompts, seeds, params)   yields a Response for each prompt as it finishes
     sync(weights)                    takes over the policy's weights, a stream of (name, tensor)
@@ -19,9 +19,9 @@ import random
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -97,13 +97,18 @@ def decode_attention(module, query, key, value, attention_mask, scaling=None, dr
     stacked instead of the keys being repeated for each: the cache is read once. On CPU this halves a decoding step.
     """
     rows, heads, length, width = query.shape
-    if length > 1 or kwargs.get("sliding_window"):
+    if length > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     grouped = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads per kv head, width]
-    scores = grouped @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
     if attention_mask is not None:  # [rows, 1, 1, cached], True where it may look
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    output = scores.float().softmax(-1).to(value.dtype) @ value
+        attention_mask = attention_mask.expand(-1, -1, grouped.shape[2], -1)
+    if value.dtype == torch.float32:  # in which PyTorch's kernel takes longer than the products
+        scores = grouped @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        output = scores.softmax(-1) @ value
+    else:
+        output = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return output.reshape(rows, 1, heads, width), None
 
 
@@ -114,7 +119,8 @@ AttentionMaskInterface.register("decode", sdpa_mask)
 class RoomyLayer(DynamicLayer):
     """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
 
-    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it.
+    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it. There is what TransformersSampler
+    needs, no reset and no crop.
     """
 
     block, tokens = 64, 0
@@ -145,7 +151,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class TransformersSampler:
-    """Batched sampling with a KV cache through a transformers model; needs nothing but torch.
+    """Batched sampling with a KV cache through a transformers model.
 
     model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens:
     prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
@@ -198,13 +204,12 @@ class TransformersSampler:
         device = self.model.device
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal ones are computed once
         longest = max(map(len, distinct))
-        pads = [longest - len(prompt) for prompt in distinct]
-        ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, distinct)], device=device)
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)  # [distinct, longest]
+        lefts = [longest - len(prompt) for prompt in distinct]
+        ids = torch.tensor([[0] * left + list(prompt) for left, prompt in zip(lefts, distinct)], device=device)
+        mask = torch.tensor([[0] * left + [1] * (longest - left) for left in lefts], device=device)  # [distinct, longest]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        cache = DynamicCache(config=self.model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
         logits = self._forward(ids, mask, positions, cache)
         rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]

@@ -16,6 +16,7 @@ import ranks
 from sampler import Response, SamplingParams
 
 MAX_NUM_SEQS = 256  # sequences in flight
+CPU_MAX_NUM_SEQS = 128
 CPU_BLOCK = 128  # tokens of key-value cache that a sequence gets at a time
 
 
@@ -53,10 +54,11 @@ def kv_bytes_per_token(config, dtype):
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
 
 
-def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs=MAX_NUM_SEQS):
+def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs):
     """Key-value cache of an engine on a CPU: for so many of the longest sequences up to 512 MiB, but at least for two."""
     sequence = kv_bytes_per_token(config, dtype) * -(-max_model_len // CPU_BLOCK) * CPU_BLOCK
-    return max(2 * sequence, min((max_num_seqs + 1) * sequence, 1 << 29))  # of the one more, vLLM keeps a block empty
+    sequences = min(max_num_seqs, CPU_MAX_NUM_SEQS) + 1  # one more, since vLLM reserves a block that holds nothing
+    return max(2 * sequence, min(sequences * sequence, 1 << 29))
 
 
 class VLLMSampler:
@@ -74,12 +76,13 @@ class VLLMSampler:
         self._vllm = _import_vllm()
         self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
         self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
+        most = min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)
         if self.on_gpu:
-            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": max_num_seqs}
+            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": most}
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
-            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs),
-                       "enforce_eager": True, "max_num_seqs": min(max_num_seqs, 128),
+            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, most),
+                       "enforce_eager": True, "max_num_seqs": most,
                        # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         if ranks.size() > 1:  # the engine's workers are the ranks that are there already

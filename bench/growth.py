@@ -145,9 +145,16 @@ def main():
     if args.point:
         print(json.dumps(measure(json.loads(args.point), args.rounds)))
         return
-    found, points = {}, [(experiment, point) for experiment, points in POINTS.items() for point in points]
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    folder = Path(args.output or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    points = [(experiment, point) for experiment, points in POINTS.items() for point in points]
     for experiment, point in tqdm(points, "points", disable=None):
-        found.setdefault(experiment, []).append({**point, **run(point, args.rounds)})
+        row = {"experiment": experiment, **point, **run(point, args.rounds)}
+        found.setdefault(experiment, []).append(row)
+        print(json.dumps(row), flush=True)
     lines = ["# How the update's cost grows", "",
              f"`{' '.join(['python bench/growth.py', *sys.argv[1:]])}`, {date.today()}, {machine()}, no GPU; torch "
              f"{torch.__version__}. float32, random weights. Where nothing else is said: one question of "
@@ -157,10 +164,7 @@ def main():
              "![growth](growth.png)", "", *table(found)]
     print("\n".join(lines))
     if args.output:
-        folder = Path(args.output)
-        folder.mkdir(exist_ok=True)
-        (folder / "growth.jsonl").write_text("".join(json.dumps({"experiment": experiment, **row}) + "\n"
-                                                     for experiment, rows in found.items() for row in rows))
+        (folder / "growth.jsonl").write_text("".join(json.dumps(row) + "\n" for rows in found.values() for row in rows))
         write(folder / "growth.md", lines)
         picture(found, folder / "growth.png")
 

@@ -19,7 +19,7 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
-from policy import cpu_dtype, keep_freed_memory, load_policy, named_weights
+from policy import cpu_dtype, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from rollouts import make_rollouts
 from sampler import SamplingParams, TransformersSampler
 from scaffold import group_ratios
@@ -36,6 +36,7 @@ def main():
     parser.add_argument("--output")
     args = parser.parse_args()
     keep_freed_memory()
+    multiply_with_onednn()
     policy, tokenizer = load_policy("smollm2")
     rollouts = make_rollouts(load_tasks("first_aid", 4), group_ratios(8), tokenizer, (0, 0))
     prompts = [r.prompt_ids for r in rollouts]

@@ -17,12 +17,13 @@ import argparse
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # who waits must not spin
 TEMPERATURE, LR = 0.7, 1e-6
-CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}  # question, response, samples
+# tokens of question and response, samples (at least a group's)
+CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}
 MICRO_BATCH = 1200  # tokens of TRL's: larger ones were not faster, and take more memory
 FIXED = ("ratio 1", "old log-probabilities perturbed")  # the two losses that are compared
 
@@ -106,10 +108,9 @@ class Engine:
     """A process that does steps: the parent's end."""
 
     def __init__(self, name, trl_python, *arguments):
-        kind, _, settings = name.partition(":")
-        options = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
-        command = ([trl_python, "bench/step_trl.py", *arguments, json.dumps({k: value_of(v) for k, v in options.items()})]
-                   if kind == "trl" else [sys.executable, "bench/step_ours.py", *arguments, kind])
+        kind, settings = engine_of(name)
+        command = ([trl_python, "bench/step_trl.py", *arguments, json.dumps(settings)] if kind == "trl" else
+                   [sys.executable, "bench/step_ours.py", *arguments, kind])
         self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.errors)
@@ -141,8 +142,9 @@ def value_of(text):
         return text
 
 
-def measure(work, engines, rounds, trl_python, rows, keep):
-    """The steps that `rows` lacks, each engine's in turn; `keep` is called with each row."""
+def measure(work, engines, rounds, trl_python, rows):
+    """The rounds that `rows` lacks, with every engine, in turn."""
+    began = datetime.now().isoformat(timespec="seconds")
     missing = [r for r in range(rounds) if any((*asdict(work).values(), engine, r) not in rows for engine in engines)]
     if not missing:
         return
@@ -152,6 +154,9 @@ def measure(work, engines, rounds, trl_python, rows, keep):
             started.append(Engine(name, trl_python, "steps", json.dumps(asdict(work))))
             started[-1].versions = started[-1].read()["versions"]
             started[-1].step()  # the first one allocates
+        for package in ("torch", "transformers"):
+            if len(found := {engine.versions[package].partition("+")[0] for engine in started}) > 1:
+                raise RuntimeError(f"the environments differ: {package} {' and '.join(sorted(found))}")
         prompts = set()
         for r in missing:
             for engine in started[r % len(started):] + started[: r % len(started)]:
@@ -159,20 +164,20 @@ def measure(work, engines, rounds, trl_python, rows, keep):
                 prompts.add(row.pop("prompts"))
                 if len(prompts) > 1 or row["tokens"] != work.samples * work.new_tokens:
                     raise RuntimeError(f"{engine.name} did other work: {row}, prompts {prompts}")
-                keep({**asdict(work), "engine": engine.name, "round": r, **row, "versions": engine.versions,
-                      "date": str(date.today())})
+                rows.keep({**asdict(work), "engine": engine.name, "round": r, **row, "versions": engine.versions,
+                           "date": str(date.today()), "started": began})
     finally:
         for engine in started:
             engine.close()
 
 
-def compare_losses(trl_python, keep):
-    """Loss, gradient norm and the distance of the gradients on the same samples; `keep` is called with each row."""
+def compare_losses(trl_python, rows):
+    """Loss, gradient norm and the distance of the gradients on the same samples."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("transformers", "trl", "trl:per_device_train_batch_size=2"):
             engine = Engine(name, trl_python, "losses", folder)
             for fixed in FIXED:
-                keep({"case": fixed, "engine": name, **engine.read(), "date": str(date.today())})
+                rows.keep({"case": fixed, "engine": name, **engine.read(), "date": str(date.today())})
             engine.close()
 
 
@@ -197,7 +202,8 @@ def step_table(rows, dtype):
             seconds = [row["sample"] + row["update"] for row in rounds.values()]
             sample, update = (median(row[part] for row in rounds.values()) for part in ("sample", "update"))
             ratios = [(engines["trl"][r]["sample"] + engines["trl"][r]["update"]) / (row["sample"] + row["update"])
-                      for r, row in rounds.items() if engine != "trl" and r in engines.get("trl", {})]
+                      for r, row in rounds.items()  # the same round of the same start: done in turn
+                      if engine != "trl" and engines.get("trl", {}).get(r, {}).get("started") == row["started"]]
             lines.append(
                 f"| {work.case}: {work.questions} x {work.prompt_tokens} + {work.new_tokens} | {work.group_size} | "
                 f"{title(engine)} | {spread(seconds, 1)} | "
@@ -223,6 +229,8 @@ def loss_table(rows):
 def machine():
     """The processor, as far as it matters here."""
     text = Path("/proc/cpuinfo").read_text()
+    if "flags" not in text or "model name" not in text:  # not an x86
+        return f"{os.cpu_count()} cores ({platform.machine()})"
     flags = set(text.split("flags")[1].split("\n")[0].split())
     shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     name = text.split("model name")[1].split(":")[1].splitlines()[0].strip()
@@ -238,11 +246,12 @@ def report(rows, command):
              + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ". SmolLM2-135M; a case is "
              "questions x tokens of each + tokens of a response, G responses to each. Trained weights, gradients and AdamW "
              "are float32 everywhere, computing is in the dtype. Samples a second: sampling and judging. Update tokens: "
-             "response tokens, from the advantages to the new weights (with vLLM: in the sampler, too). Peak: largest "
+             "response tokens, from the advantages to the new weights, in the sampler, too. Peak: largest "
              "resident set of the process. A first step of each process is not counted.", "",
              "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most "
              f"{MICRO_BATCH:,} tokens: larger ones were not faster and take more memory. No gradient checkpointing; freed "
              "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too. "
+             "In bfloat16, too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. "
              "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. "
              "Ours checkpoints gradients where a group has more tokens than TRL's micro-batch.", ""]
     for dtype in ("float32", "bfloat16"):
@@ -255,52 +264,98 @@ def report(rows, command):
     return lines
 
 
-def main():
-    """Measure what is missing, print and write the tables."""
+def engine_of(text):
+    """(name, settings) of an engine of the command line. Raises ValueError."""
+    name, colon, settings = text.partition(":")
+    if name not in ("transformers", "vllm", "trl") or bool(colon) > (name == "trl"):
+        raise ValueError(f"{text}: it is transformers, vllm, trl or trl:key=value,key=value")
+    pairs = [setting.partition("=") for setting in settings.split(",") if setting]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"{text}: a setting is key=value")
+    return name, {key: value_of(value) for key, _, value in pairs}
+
+
+def parse_command_line():
+    """The arguments, checked, with `works`: what is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="interpreter of an environment with bench/requirements.txt")
-    parser.add_argument("--quick", action="store_true", help="8 samples of the short case in float32, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="only 8 samples of the short case in float32, 3 rounds")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--groups", nargs="+", type=int, default=[8, 16], help="G")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--engines", nargs="+", help="transformers, vllm, trl or trl:key=value,...; default: what is there")
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=int, help="3 with --quick, else 5")
     parser.add_argument("--output", help="folder for step.jsonl, which is gone on from, and performance.md")
     args = parser.parse_args()
-    engines = args.engines or (["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
-                               + ["trl"] * bool(args.trl_python))
-    if unknown := {name.partition(":")[0] for name in engines} - {"transformers", "vllm", "trl"}:
-        parser.error(f"unknown engine {unknown.pop()}")
-    if not args.trl_python:
-        if args.engines and any(name.startswith("trl") for name in engines):
-            parser.error("TRL needs --trl-python")
+    args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 5
+    if args.rounds < 1 or min(args.groups) < 2:
+        parser.error("--rounds must be at least 1, --groups at least 2")
+    try:
+        kinds = [engine_of(text)[0] for text in args.engines or []]
+    except ValueError as error:
+        parser.error(f"--engines {error}")
+    if "vllm" in kinds and not importlib.util.find_spec("vllm"):
+        parser.error("--engines vllm: it is not installed")
+    if args.trl_python:
+        args.trl_python = os.path.abspath(args.trl_python)
+        if not os.access(args.trl_python, os.X_OK):
+            parser.error(f"--trl-python {args.trl_python}: no such interpreter")
+    elif "trl" in kinds:
+        parser.error("--engines trl needs --trl-python")
+    else:
         print("TRL is left out: no --trl-python", file=sys.stderr)
-    works = [Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
-             for group in args.groups for case in args.cases for dtype in args.dtypes]
-    if args.quick:
-        works = [Work("short", 60, 64, 8, 1, "float32")]
-    path, rows = args.output and Path(args.output, "step.jsonl"), {}
+    args.works = [Work("short", 60, 64, 8, 1, "float32")] if args.quick else [
+        Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
+        for group in args.groups for case in args.cases for dtype in args.dtypes]
+    return args
 
-    def add(row):
+
+def engines_for(work, args):
+    """Those of the command line, or what is there."""
+    if args.engines:
+        return list(dict.fromkeys(args.engines))
+    found = ["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm")) + ["trl"] * bool(args.trl_python)
+    return found + ["trl:onednn=true"] * (bool(args.trl_python) and work.dtype == "float32" and not args.quick)
+
+
+class Rows(dict):
+    """Everything measured, and in `path`, if there is one, for the next start."""
+
+    def __init__(self, path):
+        self.path = path
+        if path:
+            from runs import whole_lines  # TRL's environment, which reads this file too, need not have what that needs
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole_lines(path)
+        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
+            self.add(json.loads(line))
+
+    def add(self, row):
         key = (*(row[name] for name in Work.__dataclass_fields__), row["engine"], row["round"]) if "round" in row else (
             row["case"], row["engine"])
-        rows[key] = row
+        self[key] = row
 
-    def keep(row):
-        add(row)
+    def keep(self, row):
+        """Add `row`, print it and write it down."""
+        self.add(row)
         print(json.dumps({name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()
-                          if name not in ("versions", "date")}), flush=True)
-        if path:
-            with path.open("a", encoding="utf-8") as file:
+                          if name not in ("versions", "date", "started")}), flush=True)
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    if path and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            add(json.loads(line))
-    if args.trl_python and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
-        compare_losses(args.trl_python, keep)
-    for work in works:
-        measure(work, engines, args.rounds or (3 if args.quick else 5), args.trl_python, rows, keep)
+
+def main():
+    """Measure what is missing, print and write the tables."""
+    args = parse_command_line()
+    rows = Rows(args.output and Path(args.output, "step.jsonl"))
+    try:
+        if args.trl_python and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
+            compare_losses(args.trl_python, rows)
+        for work in args.works:
+            measure(work, engines_for(work, args), args.rounds, args.trl_python, rows)
+    except RuntimeError as error:
+        sys.exit(str(error))
     lines = report(list(rows.values()), " ".join(["python bench/step.py", *sys.argv[1:]]))
     print("\n".join(lines))
     if args.output:

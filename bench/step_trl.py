@@ -28,6 +28,8 @@ def settings(work, options, folder):
     fits = [n for n in range(1, work.samples + 1)
             if work.samples % n == 0 and n * (work.prompt_tokens + work.new_tokens) <= MICRO_BATCH]
     size = options.get("per_device_train_batch_size", max(fits, default=1))
+    if work.samples % size:
+        raise SystemExit(f"per_device_train_batch_size={size} does not divide {work.samples} samples")
     return GRPOConfig(**{**dict(
         output_dir=folder, use_cpu=True, bf16=work.dtype == "bfloat16", per_device_train_batch_size=size,
         gradient_accumulation_steps=work.samples // size, num_generations=work.group_size, gradient_checkpointing=False,

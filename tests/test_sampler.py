@@ -1,12 +1,14 @@
 """Sampling: the distribution, the seeds, the stops, the cache, the sync."""
 
+import itertools
+
 import pytest
 import torch
 
 import grpo
 from conftest import tiny_model
 from policy import named_weights
-from sampler import SamplingParams, TransformersSampler, address_seed, draw, filtered_logprobs
+from sampler import SamplingParams, TransformersSampler, address_seed, decode_attention, draw, filtered_logprobs
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
 
@@ -75,6 +77,27 @@ def test_greedy_equals_generate(model):
         prompt = torch.tensor([PROMPTS[response.index]])
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
         assert response.token_ids == expected[0, prompt.shape[1]:].tolist()
+
+
+def test_a_cache_without_padding_grows_past_its_blocks(model):
+    prompt = [5 + i % 50 for i in range(64)]
+    ours = sample(TransformersSampler(model, [1]), [prompt], [0], temperature=0, max_new_tokens=80)[0].token_ids
+    ids = torch.tensor([prompt])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
+    assert ours == expected[0, 64:].tolist() and len(ours) == 80
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_attention_of_a_token_by_hand(dtype, tolerance):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(shape).to(dtype) for shape in ((3, 4, 1, 32), (3, 2, 10, 32), (3, 2, 10, 32)))
+    mask = torch.ones(3, 1, 1, 10, dtype=torch.bool)
+    mask[1, ..., :4], mask[:, ..., 8:] = False, False  # padding, and room for tokens to come
+    output, _ = decode_attention(None, query, key, value, mask, scaling=0.3)
+    for row, head in itertools.product(range(3), range(4)):
+        scores = key[row, head // 2].double() @ query[row, head, 0].double() * 0.3
+        expected = scores.masked_fill(~mask[row, 0, 0], -torch.inf).softmax(-1) @ value[row, head // 2].double()
+        assert torch.allclose(output[row, 0, head].double(), expected, atol=tolerance)
 
 
 def test_stop_tokens_end_a_response_and_are_kept(model):

@@ -5,10 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
+import vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
 from policy import load_policy, named_weights, prompt_ids, stop_ids
 from sampler import SamplingParams, TransformersSampler, filtered_logprobs
-from vllm_sampler import VLLMSampler, vllm_obstacle
+from vllm_sampler import CPU_BLOCK, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
 pytestmark = needs_vllm
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
@@ -74,6 +75,32 @@ def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_produ
     answer = sample(sampler, prompts[:1], [0], temperature=0, max_new_tokens=48)[0]
     assert "pain" in tokenizer.decode(answer.token_ids) or "knee" in tokenizer.decode(answer.token_ids)
     sampler.close()
+
+
+def test_sequences_that_the_cache_cannot_hold_are_put_off_and_come_out_the_same(monkeypatch):
+    model, blocks = tiny_model(1), []
+    per_token = kv_bytes_per_token(model.config, torch.float32)
+    monkeypatch.setattr(vllm_sampler, "cpu_cache_bytes", lambda *_: blocks.append(4) or 4 * CPU_BLOCK * per_token)
+    sampler = VLLMSampler(model.config, [], torch.float32, max_model_len=2 * CPU_BLOCK)
+    assert blocks
+    sampler.sync(named_weights(model))
+    prompts = [[5 + i] * 20 for i in range(8)]  # three start, each in a block; not even two have room for their second one
+    together = sample(sampler, prompts, range(8), max_new_tokens=200)
+    for i, prompt in enumerate(prompts[:4]):
+        assert together[i].token_ids == sample(sampler, [prompt], [i], max_new_tokens=200)[0].token_ids
+    trained = grpo.sample_logprobs(model, prompts, [r.token_ids for r in together], 2000)
+    assert all((torch.tensor(r.logprobs) - t).abs().max() < 1e-4 for r, t in zip(together, trained, strict=True))
+    sampler.close()
+
+
+def test_the_cache_of_a_cpu_by_hand():
+    config = tiny_model().config
+    sequence = 128 * kv_bytes_per_token(config, torch.float32)  # 100 tokens take a block of 128
+    assert kv_bytes_per_token(config, torch.float32) == 2 * 2 * 2 * 32 * 4
+    assert cpu_cache_bytes(config, torch.float32, 100, 16) == 17 * sequence
+    assert cpu_cache_bytes(config, torch.float32, 100, 1000) == 129 * sequence  # it has no more in flight
+    assert cpu_cache_bytes(config, torch.float32, 100_000, 16) == 1 << 29
+    assert cpu_cache_bytes(config, torch.float32, 128 * 4000, 16) == 2 * 4000 * sequence
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
