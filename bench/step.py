@@ -2,7 +2,7 @@
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0 -r bench/requirements.txt
     python bench/step.py --trl-python trl/bin/python --quick             under 5 minutes on 2 cores
-    python bench/step.py --trl-python trl/bin/python --output results    two hours, 20 GB; goes on where it stopped
+    python bench/step.py --trl-python trl/bin/python --output results    three hours, 20 GB; goes on where it stopped
 
 A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
 so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
@@ -304,18 +304,12 @@ def parse_command_line():
         parser.error("--engines trl needs --trl-python")
     else:
         print("TRL is left out: no --trl-python", file=sys.stderr)
+    args.engines = list(dict.fromkeys(args.engines or ["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
+                                      + ["trl"] * bool(args.trl_python)))
     args.works = [Work("short", 60, 64, 8, 1, "float32")] if args.quick else [
         Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
         for group in args.groups for case in args.cases for dtype in args.dtypes]
     return args
-
-
-def engines_for(work, args):
-    """Those of the command line, or what is there."""
-    if args.engines:
-        return list(dict.fromkeys(args.engines))
-    found = ["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm")) + ["trl"] * bool(args.trl_python)
-    return found + ["trl:onednn=true"] * (bool(args.trl_python) and work.dtype == "float32" and not args.quick)
 
 
 class Rows(dict):
@@ -353,7 +347,7 @@ def main():
         if args.trl_python and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
             compare_losses(args.trl_python, rows)
         for work in args.works:
-            measure(work, engines_for(work, args), args.rounds, args.trl_python, rows)
+            measure(work, args.engines, args.rounds, args.trl_python, rows)
     except RuntimeError as error:
         sys.exit(str(error))
     lines = report(list(rows.values()), " ".join(["python bench/step.py", *sys.argv[1:]]))
