@@ -147,8 +147,9 @@ def main():
         return
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    folder = Path(args.output or ".")
-    folder.mkdir(parents=True, exist_ok=True)
+    if args.output:
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
     found = {}
     points = [(experiment, point) for experiment, points in POINTS.items() for point in points]
     for experiment, point in tqdm(points, "points", disable=None):

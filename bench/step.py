@@ -34,6 +34,7 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # who waits
 TEMPERATURE, LR = 0.7, 1e-6
 # tokens of question and response, samples (at least a group's)
 CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}
+DTYPES = ("float32", "bfloat16")
 MICRO_BATCH = 1200  # tokens of TRL's: larger ones were not faster, and take more memory
 FIXED = ("ratio 1", "old log-probabilities perturbed")  # the two losses that are compared
 
@@ -254,7 +255,7 @@ def report(rows, command):
              "In bfloat16, too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. "
              "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. "
              "Ours checkpoints gradients where a group has more tokens than TRL's micro-batch.", ""]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         if any(row.get("dtype") == dtype for row in rows):
             lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]
     if any("loss" in row for row in rows):
@@ -280,14 +281,17 @@ def parse_command_line():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="interpreter of an environment with bench/requirements.txt")
     parser.add_argument("--quick", action="store_true", help="only 8 samples of the short case in float32, 3 rounds")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--groups", nargs="+", type=int, default=[8, 16], help="G")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all")
+    parser.add_argument("--groups", nargs="+", type=int, help="G; default: 8 16")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both")
     parser.add_argument("--engines", nargs="+", help="transformers, vllm, trl or trl:key=value,...; default: what is there")
     parser.add_argument("--rounds", type=int, help="3 with --quick, else 5")
     parser.add_argument("--output", help="folder for step.jsonl, which is gone on from, and performance.md")
     args = parser.parse_args()
     args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 5
+    if args.quick and (args.cases or args.groups or args.dtypes):
+        parser.error("--quick has a case of its own: no --cases, --groups or --dtypes beside it")
+    args.groups = args.groups or [8, 16]
     if args.rounds < 1 or min(args.groups) < 2:
         parser.error("--rounds must be at least 1, --groups at least 2")
     try:
@@ -308,7 +312,7 @@ def parse_command_line():
                                       + ["trl"] * bool(args.trl_python)))
     args.works = [Work("short", 60, 64, 8, 1, "float32")] if args.quick else [
         Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
-        for group in args.groups for case in args.cases for dtype in args.dtypes]
+        for group in args.groups for case in args.cases or CASES for dtype in args.dtypes or DTYPES]
     return args
 
 

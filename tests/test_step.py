@@ -50,6 +50,7 @@ def test_what_is_written_down_is_gone_on_from(tmp_path, capsys):
     (["--trl-python", "nosuch/python"], "nosuch/python: no such interpreter"),
     (["--groups", "1"], "--groups at least 2"),
     (["--rounds", "0"], "--rounds must be at least 1"),
+    (["--quick", "--cases", "long"], "--quick has a case of its own"),
 ])
 def test_bad_input_is_one_line(flags, message):
     status, _, err, _ = command("bench/step.py", *flags)
