@@ -6,14 +6,15 @@
 
 A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
 so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
-(step_ours.py, step_trl.py); they do their steps in turn, one at a time. Without --trl-python this project's samplers are
-compared with each other. trl:key=value,key=value is one more engine, TRL with other settings of GRPOConfig, or with
-onednn=true, which has its float32 products done as ours are:
+(step_ours.py, step_trl.py); they do their steps in turn, one at a time. Before that, the losses of fixed samples are
+compared. Without --trl-python this project's samplers are compared with each other. trl:key=value,key=value is one more
+engine, TRL with other settings of GRPOConfig, or with onednn=true, which has its float32 products done as ours are:
 
     python bench/step.py --trl-python ... --cases short --engines trl trl:per_device_train_batch_size=1 trl:onednn=true
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -36,6 +37,26 @@ TEMPERATURE, LR = 0.7, 1e-6
 CASES = {"short": (60, 64, 16), "healthbench-like": (300, 256, 8), "long": (1000, 128, 8)}
 DTYPES = ("float32", "bfloat16")
 MICRO_BATCH = 1200  # tokens of TRL's: larger ones were not faster, and take more memory
+ABOUT = f"""\
+SmolLM2-135M; a case is questions x tokens of each + tokens of a response, G responses to each. Trained weights, gradients
+and AdamW are float32 everywhere; the layers compute in float32 or bfloat16. Samples a second: sampling and judging.
+Update tokens a second: response tokens of the update, which includes handing the weights to the sampler. Peak: largest
+resident set of the process. The first step of each process is not counted.
+
+The questions are plain, since TRL knows no scaffold: all responses to a question have the same prompt, and our samplers
+read it once. With a scaffold every sample has a prompt of its own to be read.
+
+TRL generates with transformers. Its micro-batches have at most {MICRO_BATCH:,} tokens: larger ones were not faster and
+take more memory. It does not checkpoint gradients; ours does where a question and its responses have more than
+{MICRO_BATCH:,} tokens. Freed memory is kept as ours is. Where there is no CUDA it computes the logits of the questions,
+too. In bfloat16, too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. `onednn=true`
+(`--engines transformers vllm trl trl:onednn=true`): its float32 products are done by oneDNN, as ours are, instead of MKL,
+torch's own choice.
+"""
+ABOUT_LOSSES = """\
+8 responses of 13 to 48 tokens, given advantages, float32, clipped at 0.2; our products are oneDNN's, as in the steps.
+TRL's `loss_type` is dapo, its default: like ours, the mean over all tokens of the batch.
+"""
 FIXED = ("ratio 1", "old log-probabilities perturbed")  # the two losses that are compared
 
 
@@ -126,12 +147,14 @@ class Engine:
 
     def step(self):
         """Have a step done; its answer."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `read` says how
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self.read()
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -244,24 +267,12 @@ def report(rows, command):
     versions = {name: version for row in rows for name, version in row.get("versions", {}).items()}
     lines = ["# One step, against TRL", "",
              f"`{command}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {machine()}, no GPU; "
-             + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ". SmolLM2-135M; a case is "
-             "questions x tokens of each + tokens of a response, G responses to each. Trained weights, gradients and AdamW "
-             "are float32 everywhere, computing is in the dtype. Samples a second: sampling and judging. Update tokens: "
-             "response tokens, from the advantages to the new weights, in the sampler, too. Peak: largest "
-             "resident set of the process. A first step of each process is not counted.", "",
-             "TRL generates with transformers (of vLLM it wants 0.22 to 0.31). Its micro-batches have at most "
-             f"{MICRO_BATCH:,} tokens: larger ones were not faster and take more memory. No gradient checkpointing; freed "
-             "memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too. "
-             "In bfloat16, too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. "
-             "`onednn=true`: its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own choice. "
-             "Ours checkpoints gradients where a group has more tokens than TRL's micro-batch.", ""]
+             + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "", ABOUT]
     for dtype in DTYPES:
         if any(row.get("dtype") == dtype for row in rows):
             lines += [f"## {dtype}", "", *step_table(rows, dtype), ""]
     if any("loss" in row for row in rows):
-        lines += ["## The same loss", "",
-                  "8 responses of 13 to 48 tokens, given advantages, float32, clipped at 0.2. TRL's `loss_type` is dapo, "
-                  "its default: like ours, the mean over all tokens of the batch.", "", *loss_table(rows)]
+        lines += ["## The same loss", "", ABOUT_LOSSES, *loss_table(rows)]
     return lines
 
 
@@ -348,7 +359,7 @@ def main():
     args = parse_command_line()
     rows = Rows(args.output and Path(args.output, "step.jsonl"))
     try:
-        if args.trl_python and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
+        if "trl" in args.engines and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
             compare_losses(args.trl_python, rows)
         for work in args.works:
             measure(work, args.engines, args.rounds, args.trl_python, rows)

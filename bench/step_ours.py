@@ -56,6 +56,7 @@ def steps(pipe, work, engine):
 
 def losses(pipe, folder):
     """Draw samples; write them to `folder`, with advantages, perturbed old log-probabilities and the gradients they give."""
+    multiply_with_onednn()
     policy, tokenizer = load_policy("smollm2")
     work = Work("fixed", 60, 48, 4, 2, "float32")
     prompts = [r.plain_ids for r in make_rollouts(make_tasks(tokenizer, work), [0.0] * work.group_size, tokenizer, (0,))]

@@ -60,3 +60,15 @@ def test_bad_input_is_one_line(flags, message):
 def test_a_setting_of_trl_is_read():
     assert step.engine_of("trl:per_device_train_batch_size=4,bf16=true,loss_type=grpo") == (
         "trl", {"per_device_train_batch_size": 4, "bf16": True, "loss_type": "grpo"})
+
+
+def test_an_engine_that_has_ended_says_how(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\necho '{\"versions\": {}}'\necho out of memory >&2\nexit 3\n")
+    interpreter.chmod(0o755)
+    engine = step.Engine("trl", str(interpreter), "steps")
+    assert engine.read() == {"versions": {}}
+    engine.process.wait()
+    with pytest.raises(RuntimeError, match="trl ended with status 3:\nout of memory"):
+        engine.step()
+    engine.close()
