@@ -262,12 +262,17 @@ def machine():
     return f"{os.cpu_count()} cores ({name}; {', '.join(shown)})"
 
 
+def days(rows):
+    """When `rows` were measured: a day, or the first and the last one."""
+    dates = sorted(row["date"] for row in rows)
+    return " to ".join(dict.fromkeys((dates[0], dates[-1])))
+
+
 def report(rows, command):
     """The Markdown lines of everything measured."""
-    dates = sorted({row["date"] for row in rows})
     versions = {name: version for row in rows for name, version in row.get("versions", {}).items()}
     lines = ["# One step, against TRL", "",
-             f"`{command}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {machine()}, no GPU; "
+             f"`{command}`, {days(rows)}, {machine()}, no GPU; "
              + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "", ABOUT]
     for dtype in DTYPES:
         if any(row.get("dtype") == dtype for row in rows):
