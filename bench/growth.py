@@ -29,8 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import grpo
 from lab_report import write
 from policy import keep_freed_memory, multiply_with_onednn
-from runs import whole_lines
-from step import days, machine, memory, spread
+from step import days, machine, memory, read_rows, spread
 
 USUAL = {"vocab": 49152, "width": 576, "layers": 30,  # SmolLM2-135M's
          "question": 256, "response": 128, "group": 8, "budget": 2048}
@@ -83,13 +82,6 @@ def run(point, rounds):
     if done.returncode:
         raise RuntimeError(f"{point}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def read(path):
-    """The points that an earlier start has measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole_lines(path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def vocabulary_costs(rows):
@@ -157,7 +149,7 @@ def main():
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     path, found = args.output and Path(args.output, "growth.jsonl"), {name: [] for name in POINTS}
-    known = read(path) if path else []
+    known = read_rows(path) if path else []
     points = [{"experiment": name, **point} for name, points in POINTS.items() for point in points]
     for point in tqdm(points, "points", disable=None):
         row = next((row for row in known if point.items() <= row.items() and len(row["seconds"]) == args.rounds), None)
@@ -170,8 +162,8 @@ def main():
         found[point["experiment"]].append(row)
     measured = days([row for rows in found.values() for row in rows])
     lines = ["# How the update's cost grows", "",
-             f"`{' '.join(['python bench/growth.py', *sys.argv[1:]])}`, {measured}, {machine()}, no "
-             f"GPU; torch {torch.__version__}. float32, random weights. Where nothing else is said: one question of "
+             f"`{' '.join(['python bench/growth.py', *sys.argv[1:]])}`, {measured}, {machine()}, no GPU; "
+             f"torch {torch.__version__}. float32, random weights. Where nothing else is said: one question of "
              f"{USUAL['question']} tokens, {USUAL['group']} responses of {USUAL['response']}, packs of at most "
              f"{USUAL['budget']:,} tokens, a model of SmolLM2-135M's shape; for the vocabularies one of width "
              f"{NARROW['width']} with {NARROW['layers']} layers.", "",

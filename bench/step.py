@@ -333,17 +333,21 @@ def parse_command_line():
     return args
 
 
+def read_rows(path):
+    """What earlier starts have written to `path`, whose folder is made if need be: list of dicts."""
+    from runs import whole_lines  # TRL's environment, which reads this file too, need not have what that needs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole_lines(path)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 class Rows(dict):
     """Everything measured, and in `path`, if there is one, for the next start."""
 
     def __init__(self, path):
         self.path = path
-        if path:
-            from runs import whole_lines  # TRL's environment, which reads this file too, need not have what that needs
-            path.parent.mkdir(parents=True, exist_ok=True)
-            whole_lines(path)
-        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
-            self.add(json.loads(line))
+        for row in read_rows(path) if path else ():
+            self.add(row)
 
     def add(self, row):
         key = (*(row[name] for name in Work.__dataclass_fields__), row["engine"], row["round"]) if "round" in row else (
