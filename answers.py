@@ -82,7 +82,7 @@ def complete(side, config, tasks, samples, policy, tokenizer, context, setup):
     """Sample what `samples` does not have yet and judge what has no verdict; every config.chunk responses are written down.
 
     The seed of a response is its address: (seed, "evaluation", place of the task, sample). Unknown verdicts of an earlier
-    start are asked again, those of this one are not. context: tokens that the policy can read.
+    start are asked again, those of this one are not. context: tokens that the policy may read as its own judge.
     """
     address, by_id = (config.seed, "evaluation"), {task.id: task for task in tasks}
     rollouts = make_rollouts(tasks, [0.0] * config.samples, tokenizer, address)
@@ -112,7 +112,6 @@ def complete(side, config, tasks, samples, policy, tokenizer, context, setup):
                 bar.update(len(chunk))
     finally:
         if sampler is not None:  # there can be one engine at a time
-            sampler.sleep()
             sampler.close()
         del sampler, judge
         gc.collect()

@@ -29,7 +29,8 @@ def training_state(model, optimizer, steps_done=0):
     for name, parameter in model.named_parameters():
         weights, of_adam = parameter.detach(), optimizer.state[parameter]
         if not of_adam:
-            of_adam.update(step=torch.zeros(()), exp_avg=torch.zeros_like(weights), exp_avg_sq=torch.zeros_like(weights))
+            of_adam.update(step=torch.zeros((), device=parameter.device),  # where a fused AdamW wants it
+                           exp_avg=torch.zeros_like(weights), exp_avg_sq=torch.zeros_like(weights))
         state[f"model.{name}"] = weights
         state |= {f"{kind}.{name}": tensor for kind, tensor in of_adam.items()}
     return state
@@ -90,7 +91,8 @@ def _by_leader(function):
 
 def whole_ones(folder):
     """Folders of the checkpoints in `folder`, oldest first."""
-    return sorted(path for path in Path(folder).glob("step_*") if path.is_dir())
+    return sorted((path for path in Path(folder).glob("step_*") if path.is_dir() and path.name[5:].isdigit()),
+                  key=lambda path: int(path.name[5:]))
 
 
 def _missing(place):

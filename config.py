@@ -177,12 +177,24 @@ def _new(given):
         preset = "paper" if given.get("model", "smollm2") != "smollm2" else "laptop"
     start = paper_preset(given.get("model", Config.model)) if preset == "paper" else {}
     config = Config(**{**start, **given, "preset": preset})
-    config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
-    config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+    find_judge(config)
     if not config.name:
         model = config.model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
         config.name = f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
     return config
+
+
+def find_judge(config):
+    """Let the environment say who judges, where the flags do not. Raises ValueError for flags that would do nothing."""
+    if config.judge_url and config.judge in ("rules", "self"):
+        raise ValueError(f"--judge {config.judge} asks no server: it goes without --judge-url")
+    if config.judge not in ("rules", "self"):
+        config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
+    if config.judge_url:
+        config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+    for name in ("judge_model", "judge_extra"):
+        if getattr(config, name) and not config.judge_url:
+            raise ValueError(f"{flag(name)} needs --judge-url (or $RUSCARL_JUDGE_URL)")
 
 
 def _resumed(given):
@@ -204,6 +216,8 @@ def check(config):
                  "max_grad_norm", "keep_checkpoints", "max_skipped", "tensor_parallel", "gpus"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
+    if config.group_size == 1:
+        raise ValueError("--group-size must be at least 2: a response is compared with the others of its group")
     for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "gpu_gb"):
         if not 0 <= getattr(config, name) < float("inf"):
             raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import PAPER, Config, Parser, add_flags, check, check_urls, flag, setting
+from config import Config, Parser, add_flags, check, check_urls, find_judge, flag, paper_preset, setting
 from runs import claim, saved_config
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
@@ -54,8 +54,7 @@ def parse_command_line(argv=None):
     given = parser.given(argv)
     try:
         config = Evaluation(**{**_start(given), **given})
-        config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
-        config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+        find_judge(config)
         config.output = config.output or f"evaluations/{config.model.rstrip('/.').split('/')[-1].lstrip('.') or 'model'}"
         check_evaluation(config)
     except (ValueError, OSError) as error:
@@ -70,10 +69,16 @@ def _start(given):
     if (Path(model) / "tasks.sha256").is_file():
         saved = saved_config(Path(model).absolute().parent, Path(model).name)[1]
         own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
+        for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
+            was = saved.get(name)
+            if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:
+                raise ValueError(f"{flag(name)} {given[name]}: {model} has split its tasks with {flag(name)} {was}, and was "
+                                 "trained on the others (--held-out 0 evaluates on all)")
         return {name: saved[name] for name in FROM_RUN if name in saved and (own_tasks or name != "held_out")}
     if model == "smollm2":
         return {}
-    return {name: PAPER[name] for name in FROM_RUN if name != "held_out"}
+    preset = paper_preset(model)
+    return {name: preset[name] for name in FROM_RUN if name != "held_out"}
 
 
 def check_evaluation(config):
@@ -126,7 +131,7 @@ from answers import Samples, Setup, complete, load_embedding, response_statistic
 from chat import ChatClient
 from config import judge_extra
 from judge import ChatJudge
-from policy import load_config, load_policy, named_weights, policy_folder, prompt_ids
+from policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
 from prepare import (
     check_context,
     check_judge,
@@ -173,7 +178,7 @@ def evaluate(config):
             settings[f"weights of {source}"] = fingerprint(policy)
             claim(output, settings, "samples.jsonl")
             complete(side, config, tasks, samples, policy, tokenizer, contexts[side], setup)
-            policy.to(device, setup.dtype if device == "cuda" else torch.float32)
+            cast(policy, setup.dtype if device == "cuda" else torch.float32).to(device)
             # a model's own responses tell its entropy, MODEL's under both models the novelty
             prompts = [prompt_ids(tokenizer, task.messages) for task in tasks for _ in range(config.samples)]
             for owner in ("model", "base") if side == "base" and same_vocabulary(loaded) else (side,):

@@ -14,9 +14,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import ranks
+from logits import TargetLogprobs
 from packs import ATTENTION, IDLE, in_turns, make_packs
 
 CHUNK = 256  # response tokens whose logits exist at a time
@@ -119,21 +119,8 @@ def _response_logprobs(model, pack, temperature, with_entropy, chunk):
                               attention_mask=pack.ids.new_empty(1, 1, 0, 0)).last_hidden_state[0]  # [tokens, width]
     hidden = hidden[pack.logit_at]  # [response tokens, width]
     head = model.get_output_embeddings()
-
-    def one_chunk(hidden, targets):
-        logits = head(hidden).float() / temperature  # [chunk, vocabulary]
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # checkpoint stops here when it computes this again
-        entropy = -logp.detach().exp().mul_(logp.detach()).sum(-1) if with_entropy else None
-        return chosen, entropy
-
-    parts = []
-    for h, t in zip(hidden.split(chunk), pack.targets.split(chunk)):
-        if torch.is_grad_enabled() and h.requires_grad:
-            parts.append(checkpoint(one_chunk, h, t, use_reentrant=False))
-        else:
-            parts.append(one_chunk(h, t))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
+    logp, entropy = TargetLogprobs.apply(hidden, head.weight, head.bias, pack.targets, temperature, chunk)
+    return logp, entropy if with_entropy else None
 
 
 def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0, autocast=None):

@@ -6,6 +6,7 @@ one pack, which are not estimated by formula: the update's own forward pass is r
 autograd keeps is counted.
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -49,15 +50,22 @@ def samples_at_once(config, team=1):
     return -(-samples * team // ranks_of(config)[0])
 
 
-def count_parameters(model_config):
-    """Number of parameters of the model, tied ones once."""
+def parameter_sizes(model_config):
+    """Number of elements of each parameter of the model, tied ones once."""
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config, trust_remote_code=False).parameters())
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    return [parameter.numel() for parameter in model.parameters()]
 
 
-def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointing):
-    """(bytes kept between forward and backward, bytes of passing use) for a pack of `tokens` tokens.
+def pinned_bytes(sizes, ranks):
+    """Host memory of a rank's float32 share of parameters of these sizes: torch rounds a pinned block up to a power of 2."""
+    return sum(2 ** math.ceil(math.log2(4 * -(-size // ranks))) for size in sizes)
 
+
+def activation_bytes(model_config, question, responses, weights_dtype, autocast, checkpointing):
+    """(bytes kept between forward and backward, bytes of passing use) for a pack.
+
+    question: its tokens; responses: (number, tokens of each); each of them keeps the question's keys and values once more.
     weights_dtype: of the weights that compute; autocast: None, or the dtype they are cast to. checkpointing: only each
     layer's input is kept, and one layer at a time is computed again.
     """
@@ -73,8 +81,9 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype,
                                                  trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        responses = [[0] * (tokens // 8)] * 7  # the question takes the rest
-        pack = grpo.make_packs([[0] * (tokens - 7 * (tokens // 8))] * 7, responses, tokens)[0]
+        number, each = responses
+        tokens = question + number * each
+        pack = grpo.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0]
         with grpo.precision(model, autocast), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             grpo.response_logprobs(model, pack, with_entropy=True)
         total = sum(storage.nbytes() for storage in kept.values())
@@ -83,7 +92,9 @@ def activation_bytes(model_config, tokens, weights_dtype, autocast, checkpointin
     if checkpointing:
         width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
-    logits = 6 * grpo.CHUNK * text.vocab_size * 4  # logits, log-softmax, its exponential and their gradients
+    # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
+    # and under autocast once more in halves, with the layer itself.
+    logits = (3 * grpo.CHUNK + (1 if autocast is None else 2) * text.hidden_size) * text.vocab_size * 4
     return total, layer + logits
 
 
@@ -94,15 +105,16 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     by the host; dtype: what sampler and update compute in; question, prompt: tokens of the longest one in the update
     and while sampling, where they are known to be fewer than --max-prompt-tokens.
     """
-    P = count_parameters(model_config)
-    gpu = device == "cuda"
+    sizes, gpu = parameter_sizes(model_config), device == "cuda"
+    P = sum(sizes)
     ranks, here = ranks_of(config)
     team = config.tensor_parallel if vllm else 1
     text = model_config.get_text_config()
     longest = config.max_prompt_tokens + config.max_new_tokens
     kv = kv_bytes_per_token(model_config, dtype)
     masters = "host" if offload else "device"
-    result = [Part("weights, float32", 4 * P / ranks, masters), Part("gradients", 4 * P / ranks, masters, "update"),
+    share = pinned_bytes(sizes, ranks) if offload and gpu else 4 * P / ranks
+    result = [Part("weights, float32", share, masters), Part("gradients", share, masters, "update"),
               Part("Adam's two moments", 8 * P / ranks, masters)]
     if gpu or ranks > 1:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
         gathered = min(P, 2 * text.vocab_size * text.hidden_size + 2 * P / text.num_hidden_layers)
@@ -114,7 +126,8 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     question = question or config.max_prompt_tokens
     pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
                min(config.token_budget, question + config.group_size * config.max_new_tokens))
-    kept, passing = activation_bytes(model_config, pack, dtype if gpu else torch.float32, autocast,
+    responses = (config.group_size, -(-(pack - question) // config.group_size))  # all, however short: they take the most
+    kept, passing = activation_bytes(model_config, question, responses, dtype if gpu else torch.float32, autocast,
                                      config.gradient_checkpointing)
     result += [Part(f"activations of {pack:,} tokens", kept, when="update"),
                Part("their passing use", passing, when="update")]
@@ -162,14 +175,19 @@ def host_bytes():
 
 
 def device_bytes(config, device):
-    """Memory of the device that can be filled: of this machine, or of the GPU that --gpu-gb speaks of."""
-    if device == "cuda":
-        return USABLE * (config.gpu_gb * 1e9 or torch.cuda.get_device_properties(0).total_memory)
-    return host_bytes()
+    """Memory of the device that can be filled: of this machine, or of this rank's GPU as far as no other process has it,
+    or of the GPU that --gpu-gb speaks of.
+    """
+    if device != "cuda":
+        return host_bytes()
+    if config.gpu_gb:
+        return USABLE * config.gpu_gb * 1e9
+    free, there = torch.cuda.mem_get_info()
+    return min(free, USABLE * there)
 
 
-def vllm_share(parts):
-    """The share of the GPU that vLLM may fill while it is awake: what is usable, less what is always there."""
+def vllm_share(config, parts):
+    """The share of the GPU that vLLM may fill while it is awake: what can be filled, less what is always there."""
     always = sum(part.bytes for part in parts if part.place == "device" and part.when == "always")
-    there = torch.cuda.get_device_properties(0).total_memory
-    return max(0.05, USABLE - (always - LIBRARIES["vllm on cuda"]) / there)
+    there = torch.cuda.mem_get_info()[1]
+    return max(0.05, (device_bytes(config, "cuda") - always + LIBRARIES["vllm on cuda"]) / there)

@@ -97,11 +97,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
     def attend(query, key, value):  # the last query sees all keys, the one before it one less, and so on
         rows, heads, queries, width = query.shape
+        if query.is_cuda and value.dtype == torch.float32:  # in which no fast kernel lets heads share keys
+            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         if queries == key.shape[2]:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
+                                                enable_gqa=heads != key.shape[1])
         if query.is_cuda:
             return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), scale=scaling,
-                                                enable_gqa=True)
+                                                enable_gqa=heads != key.shape[1])
         # On CPU it takes half the time when the heads that share keys are stacked, as in sampler.decode_attention.
         stacked = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads of each x queries, width]
         if pack.bias is None:

@@ -13,6 +13,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -30,7 +32,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 import ranks
@@ -64,8 +66,20 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
         raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
     _check(model.config, tokenizer, source)
-    model.generation_config.do_sample = False  # so that a trained folder does not carry sampling defaults along
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
+    model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
+                                                  ("bos_token_id", "eos_token_id", "pad_token_id")})
+    return cast(model, dtype).to(device).eval(), tokenizer
+
+
+def cast(model, dtype):
+    """Give the parameters of `model` another dtype, in place; returns it.
+
+    Its buffers stay: rotary frequencies that are rounded to bfloat16 are other frequencies, and far tokens elsewhere.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_config(source, cache=None):
@@ -168,14 +182,25 @@ def _download_wheel(folder):
 
 
 def save_policy(model, tokenizer, folder):
-    """Write an ordinary transformers folder, which from_pretrained and vLLM load. All ranks take part, the leader writes."""
+    """Write an ordinary transformers folder, which from_pretrained and vLLM load. All ranks take part, the leader writes.
+
+    Written beside its place and renamed. Raises OSError, on the leader, where it cannot be written.
+    """
     whole = {}
     for name, weight in named_weights(model, tied_twice=False):
         if ranks.leader():
             whole[name] = weight.cpu()
     if ranks.leader():
-        model.save_pretrained(folder, state_dict=whole)
-        tokenizer.save_pretrained(folder)
+        part = Path(f"{folder}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            model.save_pretrained(part, state_dict=whole)
+            tokenizer.save_pretrained(part)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"cannot save {folder}: {one_line(str(error))}") from None
+        shutil.rmtree(folder, ignore_errors=True)  # that of a run which is continued after its end
+        part.rename(folder)
 
 
 def named_weights(model, tied_twice=True):
@@ -185,7 +210,9 @@ def named_weights(model, tied_twice=True):
     """
     for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
         parameter = parameter.detach()
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if isinstance(parameter, DTensor):  # an offloaded one is gathered by the GPUs all the same
+            parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
+        yield name, parameter
 
 
 def shard(model, device, dtype, offload):

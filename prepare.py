@@ -33,6 +33,7 @@ from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
 from vllm_sampler import VLLMSampler, vllm_obstacle
 
+JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that judges itself
 
 def say(line):
     """A line for the person in front, above any progress bar; once, however many ranks there are."""
@@ -43,7 +44,10 @@ def say(line):
 def computing_dtype(config, device):
     """What sampler and update compute in; the master weights are always float32."""
     if config.dtype == "auto":
-        return cpu_dtype() if device == "cpu" else torch.bfloat16
+        if device == "cpu":
+            return cpu_dtype()
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # vLLM has no bfloat16 for it
+        return torch.float32 if old else torch.bfloat16
     return getattr(torch, config.dtype)
 
 
@@ -76,7 +80,7 @@ def connect(config):
 
 
 def make_judge(client, tasks, tokenizer, sampler, context):
-    """Rules for what has rules; for the rest the server, or the policy itself, whose context is so many tokens."""
+    """Rules for what has rules; for the rest the server, or the policy itself, which may read so many tokens."""
     if first_unruled(tasks) is None:
         return Judge()
     if client is not None:
@@ -106,13 +110,15 @@ def drop_long(config, tasks, tokenizer):
 
 
 def check_context(config, model_config):
-    """Tokens that the model can read. Raises ValueError where the longest prompt with its response is longer."""
+    """Tokens that the policy may read when it judges itself: those of the longest prompt, its response and what a judge is
+    told besides. Raises ValueError where the model's context is shorter than the longest prompt with its response.
+    """
     context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
     longest = config.max_prompt_tokens + config.max_new_tokens
     if longest > context:
         raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
                          f"{context} tokens")
-    return context
+    return min(context, longest + longest // 4 + JUDGE_ROOM)  # a judge reads it as JSON, with quotes and line ends escaped
 
 
 def choose_device(config):
@@ -137,7 +143,7 @@ def choose_sampler(config, device):
 
 
 def make_sampler(config, policy, stops, dtype, device, vllm, why, **limits):
-    """The sampler, announced; with --sampler auto, transformers takes over where vLLM refuses the model.
+    """The sampler, announced; on a CPU with --sampler auto, transformers takes over where vLLM refuses the model.
 
     limits: of VLLMSampler, by name.
     """
@@ -148,9 +154,9 @@ def make_sampler(config, policy, stops, dtype, device, vllm, why, **limits):
             say(f"sampler: vllm in {precision} ({why})")
             return sampler
         except ValueError as error:
-            if config.sampler == "vllm" or ranks.size() > 1:  # all ranks must have the same
+            if config.sampler == "vllm" or device == "cuda" or ranks.size() > 1:  # all ranks must have the same
                 raise
-            why = error
+            why = str(error)
     say(f"sampler: transformers in {precision} ({why})")
     return TransformersSampler(policy, stops, dtype, device=device)
 
@@ -188,7 +194,7 @@ def set_up(config):
         lengths = longest_prompts(config, tasks + held_out, tokenizer)
         offload, parts = memory.needs(config, model_config, device, vllm, dtype, *lengths)
         offload = max(ranks.gather(offload))  # GPUs may differ
-        gpu_memory = memory.vllm_share(parts) if vllm else 0.0
+        gpu_memory = memory.vllm_share(config, parts) if vllm else 0.0
         if offload:
             say("offload: master weights, gradients and optimizer state stay in the host's memory")
     keep_freed_memory()
@@ -196,12 +202,12 @@ def set_up(config):
     policy, tokenizer = load_policy(config.model)
     self_judged = client is None and first_unruled(tasks + held_out) is not None
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
-    # Before the policy takes its part of the GPU. What a judge reads is longer than what it judges.
-    limits = ({"max_model_len": context} if self_judged else
-              {"max_model_len": config.max_prompt_tokens + config.max_new_tokens,
-               "max_num_seqs": memory.samples_at_once(config, config.tensor_parallel)})
+    limits = {"max_model_len": context} if self_judged else {  # what a judge reads is longer than what it judges
+        "max_model_len": config.max_prompt_tokens + config.max_new_tokens,
+        "max_num_seqs": memory.samples_at_once(config, config.tensor_parallel)}
     sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, gpu_memory=gpu_memory,
                            **limits)
+    sampler.sleep()  # until the sync: sharding a policy takes room on a GPU
     sharded = device == "cuda" or ranks.size() > 1
     autocast = None if device == "cuda" or dtype == torch.float32 else dtype
     if sharded:

@@ -15,12 +15,19 @@ def unfinished(record):
     return record["failure"] or unknown
 
 
+def how_far(record):
+    """What compares two records of a prompt: servers may have failed one of them more than the other."""
+    kept = sum(entry["kept"] for entry in record["rounds"])
+    return record["responses"], record["failure"] is None, -record["unknown"], kept
+
+
 class Progress:
     """progress.jsonl in `folder`, a line a prompt (where an id stands twice, the later one counts), and usage.json, what the
     servers were asked in all starts together.
 
-    records: {prompt_id: {prompt_id, rubric, begun_with, rounds, stopped, verdicts, unknown, failure}}. clients: {server:
-    ChatClient}. A last line that a kill has torn is removed. Raises ValueError for another that cannot be read.
+    records: {prompt_id: {prompt_id, rubric, responses (their number), begun_with, rounds, stopped, verdicts, unknown,
+    failure}}. clients: {server: ChatClient}. A last line that a kill has torn is removed. Raises ValueError for another that
+    cannot be read.
     """
 
     def __init__(self, folder, clients):
@@ -28,7 +35,9 @@ class Progress:
         self.records, self.before = {}, {}
         whole_lines(self.path)
         for place, record in read_jsonl(self.path) if self.path.exists() else ():
-            keys = {"prompt_id", "rubric", "begun_with", "rounds", "stopped", "verdicts", "unknown", "failure"}
+            if isinstance(record, dict):
+                record.setdefault("responses", 0)  # not known of older ones, which are made again
+            keys = {"prompt_id", "rubric", "responses", "begun_with", "rounds", "stopped", "verdicts", "unknown", "failure"}
             if not isinstance(record, dict) or set(record) != keys or not isinstance(record["prompt_id"], str):
                 raise ValueError(f"{place}: not a refined prompt")
             self.records[record["prompt_id"]] = record
@@ -38,16 +47,19 @@ class Progress:
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(f"{self.usage_path}: unreadable: {error}") from None
 
-    def done(self, task):
-        """Whether nothing is left to ask for a task."""
-        return task.id in self.records and unfinished(self.records[task.id]) is None
+    def done(self, task, texts):
+        """Whether nothing is left to ask for a task with these responses."""
+        record = self.records.get(task.id)
+        return record is not None and record["responses"] == len(texts) and unfinished(record) is None
 
-    def add(self, task, rubric, log):
-        """Write a prompt down."""
+    def add(self, task, texts, rubric, log):
+        """Write a prompt down, unless what an earlier start made of it, from as many responses, is better."""
         log = {**log, "begun_with": as_records(log["begun_with"])}
-        self.records[task.id] = record = {"prompt_id": task.id, "rubric": as_records(rubric), **log}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        record = {"prompt_id": task.id, "rubric": as_records(rubric), "responses": len(texts), **log}
+        if how_far(record) >= how_far(self.records.get(task.id, record)):
+            self.records[task.id] = record
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         write_whole(self.usage_path, json.dumps(self.usage(), indent=1) + "\n")
 
     def usage(self):

@@ -130,10 +130,20 @@ class ChatProposer:
         return self.client.complete(propose_messages(task.messages), parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
 
     def refine(self, task, rubric, texts, verdicts):
-        """See the module's docstring. The caller decides which of the two is called A."""
+        """See the module's docstring. The caller decides which of the two is called A.
+
+        A present criterion that comes back keeps its tags, and points that are no weight, such as a penalty's.
+        """
         schema = {**RUBRIC_SCHEMA, "required": ["better", "criteria"]}
-        return self.client.complete(refine_messages(task.messages, rubric, texts, verdicts),
-                                    parse=lambda text: parse_rubric(text, need_better=True), schema=schema)
+        new, better = self.client.complete(refine_messages(task.messages, rubric, texts, verdicts),
+                                           parse=lambda text: parse_rubric(text, need_better=True), schema=schema)
+        own = {normalize(c.text): c for c in rubric}
+
+        def kept(c):
+            old = own.get(normalize(c.text), c)
+            return replace(c, text=old.text, tags=old.tags, points=c.points if old.points in WEIGHTS else old.points)
+
+        return tuple(map(kept, new)), better
 
 
 class RuleProposer:

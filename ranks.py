@@ -59,6 +59,8 @@ def join(device, team=1):
             if local >= gpus:
                 raise ValueError(f"rank {os.environ['RANK']}: more processes were started here than there are GPUs ({gpus})")
             torch.cuda.set_device(local)
+            if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun says so, but the host updates what is offloaded
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         store, _rank, _size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size)
         _store = dist.PrefixStore("meetings", store)

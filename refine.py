@@ -176,14 +176,16 @@ def refine(config):
     claim(output, {**settings, "hash of the prompts": hashlib.sha256(repr((everything, given)).encode()).hexdigest()},
           "progress.jsonl")
     progress = Progress(output, clients | {name: one for name, one in sources.items() if isinstance(one, ChatClient)})
-    missing = [task for task in tasks if not progress.done(task)]
+    lacking = {}
     try:
         if given is None:
             kept = Responses(output)
-            gather(config, missing, sources, kept)
-            given = {task.id: kept.of(task) for task in missing}
-        work = [(task, given[task.id]) for task in missing]
-        failed = refine_all(config, work, clients, rule_library(everything), progress)
+            gather(config, tasks, sources, kept)
+            given = {task.id: kept.of(task) for task in tasks}
+            lacking = {task.id: f"{n} responses could not be had" for task in tasks
+                       if (n := sum(config.samples - len(kept.texts[source, task.id]) for source in sources))}
+        work = [(task, given[task.id]) for task in tasks if not progress.done(task, given[task.id])]
+        failed = lacking | refine_all(config, work, clients, rule_library(everything), progress)
     finally:
         progress.close()
     records = [progress.records[task.id] for task in tasks if task.id in progress.records]
@@ -202,6 +204,7 @@ def refine_all(config, work, clients, library, progress):
     """
     proposer = RuleProposer(library) if config.proposer == "rules" else ChatProposer(clients["proposer"])
     verifier = Verifier(clients.get("verifier") or clients.get("proposer"), config.one_by_one)
+    texts_of = {task.id: texts for task, texts in work}
     failed = {task.id: "fewer than two different responses came" for task, texts in work if len(texts) < 2}
 
     def one(task, texts):
@@ -215,7 +218,7 @@ def refine_all(config, work, clients, library, progress):
         for future in tqdm(as_completed(futures), "refining", len(futures), disable=None):
             task = futures[future]
             try:
-                progress.add(task, *future.result())
+                progress.add(task, texts_of[task.id], *future.result())
             except ChatError as error:
                 failed[task.id] = str(error)
     finally:

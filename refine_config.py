@@ -9,6 +9,7 @@ from config import Config, Parser, add_flags, check, check_urls, flag, setting
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "judge_concurrency",
           "device", "dtype")
+SAMPLING = ("samples", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "device", "dtype")
 MAY_CHANGE = {"limit", "sampler", "judge_concurrency", "device", "dtype", "proposer_url", "verifier_url", "proposer_price",
               "verifier_price", "proposer_extra", "verifier_extra", "output"}
 
@@ -59,6 +60,8 @@ def parse_command_line(argv=None):
         config.output = config.output or f"refined/{Path(config.tasks).stem}"
         if config.responses and config.sample_from:
             raise ValueError("--responses and --sample-from: give one of them")
+        if config.responses and (idle := next((name for name in SAMPLING if name in given), None)):
+            raise ValueError(f"{flag(idle)} is for sampling; --responses brings the texts")
         config.sample_from = config.sample_from or ("" if config.responses else "smollm2")
         check_refinement(config)
     except (ValueError, OSError) as error:
@@ -80,6 +83,8 @@ def check_refinement(config):
         raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
     if config.proposer == "rules" and config.proposer_url:
         raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
+    if config.proposer == "rules" and config.start == "prompt" and config.verifier_url:
+        raise ValueError("--verifier-url: --proposer rules writes only criteria that code checks (but with --start own)")
     sources = config.sample_from.split(",")
     for source in sources:  # MODEL@URL is allowed, an @ in the URL is not
         if rest := source.partition("://")[2]:

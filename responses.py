@@ -158,7 +158,6 @@ def sample_from_model(config, source, tokenizer, tasks, kept):
                     kept.add(source, chunk[i][0], texts[i : i + config.samples])
     finally:
         if setup.vllm:  # there can be one engine at a time
-            sampler.sleep()
             sampler.close()
         del sampler
         gc.collect()

@@ -84,10 +84,15 @@ def _count(name, value):
     return value
 
 
+BEFORE, AFTER = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; _ may be Markdown's
+CLOSING = r"[\p{Pf}\p{Pe}\"'*_]"  # quotes, brackets, Markdown
+TRAILING = r"[\s\p{S}\p{M}\p{Cf}\p{Pf}\p{Pe}\"'*_]"  # these, space and emoji
+
+
 def _mentions(phrases, text):
     """Whether each phrase occurs. Whole words only: "rest" is not mentioned by "restaurant"."""
     text = normalize(text)
-    return [regex.search(rf"(?<!\w){regex.escape(phrase)}(?!\w)", text) is not None for phrase in phrases]
+    return [regex.search(BEFORE + regex.escape(phrase) + AFTER, text) is not None for phrase in phrases]
 
 
 def mentions_any(words):
@@ -105,20 +110,22 @@ def mentions_all(words):
 def starts_with(words):
     """The response begins with one of the phrases."""
     phrases = _phrases(words)
-    return lambda text: any(regex.match(rf"{regex.escape(p)}(?!\w)", normalize(text)) for p in phrases)
+    return lambda text: any(regex.match(regex.escape(p) + AFTER, normalize(text)) for p in phrases)
 
 
 def ends_with(words):
-    """The response ends with one of the phrases; closing punctuation and white space do not count."""
+    """The response ends with one of the phrases; closing punctuation, white space and emoji do not count."""
     phrases = [phrase.rstrip(".!?") for phrase in _phrases(words)]
     if not all(phrases):
         raise ValueError(f"words of ends_with must be more than punctuation, got {shown(words)}")
-    return lambda text: any(regex.search(rf"(?<!\w){regex.escape(p)}[\s.!?\"')*]*$", normalize(text)) for p in phrases)
+    ends = [rf"{BEFORE}{regex.escape(phrase)}(?:[.!?]|{TRAILING})*$" for phrase in phrases]
+    return lambda text: any(regex.search(end, normalize(text)) for end in ends)
 
 
 def ends_a_sentence():
-    """The last character is a full stop, question mark or exclamation mark: the response was not cut off."""
-    return lambda text: text.rstrip().rstrip("\"')*").endswith((".", "!", "?"))
+    """The response ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the number of a list: it
+    was not cut off."""
+    return lambda text: bool(regex.search(rf"[.!?]{TRAILING}*$", text) and not regex.search(r"(?:^|\n)\s*\d+[.)]\s*$", text))
 
 
 def max_words(limit):
@@ -136,7 +143,7 @@ def min_words(limit):
 def sentences(text):
     """Number of sentences: stretches of text closed by . ! ? (or by the end), list numbers such as "2." not counted."""
     text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
-    return sum(1 for part in regex.split(r"[.!?]+(?=\s|$)", text) if regex.search(r"\w", part))
+    return sum(1 for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part))
 
 
 def max_sentences(limit):
@@ -196,11 +203,17 @@ _math_worker = None
 def _math_verify_here(answer, text):
     from math_verify import parse, verify
 
-    return bool(verify(parse(answer), parse(text)))
+    delimited = any(mark in answer for mark in ("$", "\\(", "\\[", "\\boxed"))
+    words = "\\" not in answer and re.search("[A-Za-z]{2}", answer)  # 12 apples
+    right = parse(answer if delimited or words else f"${answer}$")
+    return bool(verify(right, parse(text))) if right else None
 
 
 def math_verify(answer):
-    """The response's final answer equals `answer` (LaTeX or plain); None when that cannot be decided in 30 s."""
+    """The response's final answer equals `answer`, a number or LaTeX; None when that cannot be decided in 30 s.
+
+    In the response, LaTeX has to stand in $...$, \\(...\\), \\[...\\] or \\boxed{}, as math-verify wants it.
+    """
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"answer must be a non-empty string, got {shown(answer)}")
 

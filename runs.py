@@ -238,6 +238,9 @@ def _tracker(name, folder, config):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="ruscarl", name=config.name, dir=folder, config=dataclasses.asdict(config))
+        known = folder / "wandb.id"  # of a run that is continued
+        run = wandb.init(project="ruscarl", name=config.name, dir=folder, config=dataclasses.asdict(config), resume="allow",
+                         id=known.read_text(encoding="utf-8") if known.exists() else None)
+        write_whole(known, run.id)
         return lambda numbers, step: run.log(numbers, step=step)
     return lambda numbers, step: None

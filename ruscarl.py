@@ -38,7 +38,7 @@ import report
 from calibrate import calibrate_judge
 from plan import print_plan
 from policy import named_weights, prompt_ids, save_policy
-from prepare import say, set_up
+from prepare import choose_device, say, set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
 from sampler import SamplingParams, address_seed
 from scaffold import scaffold_ratios
@@ -193,7 +193,7 @@ def check_sync(config, policy, sampler, held_out, tokenizer, autocast):
     """Give the sampler other weights, then the policy's: its log-probabilities must be far from the trainer's, then equal.
 
     The other weights are the policy's own with the rows of each tensor in reverse order: a tensor that stays at them, or
-    at the arbitrary weights that vLLM starts from, shows. Equal: within 1e-4 a token in float32; otherwise within 0.1 in
+    at the arbitrary weights that vLLM starts from, shows. Equal: within 1e-4 a token in float32 on a CPU; else within 0.1 in
     the mean, which bfloat16's rounding stays under. Raises ValueError if it is not so.
     """
     prompts = [prompt_ids(tokenizer, task.messages) for task in held_out]
@@ -204,7 +204,7 @@ def check_sync(config, policy, sampler, held_out, tokenizer, autocast):
 
     other = gap_with((name, weight.flip(0)) for name, weight in named_weights(policy))
     same = gap_with(named_weights(policy))
-    exact = sampler.dtype == torch.float32
+    exact = sampler.dtype == torch.float32 and choose_device(config) == "cpu"  # GPUs may round to TF32
     found = (f"mean gap {other['gap/mean']:.2g} with other weights, {same['gap/mean']:.2g} after the sync "
              f"(max {same['gap/max']:.2g})")
     if other["gap/mean"] < 0.2 or (same["gap/max"] > 1e-4 if exact else same["gap/mean"] > 0.1):

@@ -25,6 +25,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from policy import cast
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -158,7 +160,7 @@ class TransformersSampler:
     """
 
     def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
-        self.model = copy.deepcopy(model).to(device, dtype).eval().requires_grad_(False)
+        self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("decode")
         self.stop_ids, self.dtype = frozenset(stop_ids), dtype

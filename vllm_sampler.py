@@ -66,9 +66,9 @@ class VLLMSampler:
 
     config: the policy's transformers config. The engine is built from it alone, with arbitrary weights; `sync` has to
     come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
-    tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake; on CPU the key-value cache
-    takes cpu_cache_bytes. tensor_parallel: ranks that share an engine, and have to sample the same prompts. max_num_seqs:
-    sequences in flight, at most; the others wait. Raises ValueError for a model or a machine that vLLM refuses.
+    tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake, if so much is free; on CPU the
+    key-value cache takes cpu_cache_bytes. tensor_parallel: ranks that share an engine, and have to sample the same prompts.
+    max_num_seqs: most sequences in flight; the others wait. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
     def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,
@@ -78,7 +78,9 @@ class VLLMSampler:
         self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
         most = min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)
         if self.on_gpu:
-            options = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True, "max_num_seqs": most}
+            free, there = torch.cuda.mem_get_info()  # vLLM wants all of its share to be free
+            options = {"gpu_memory_utilization": min(gpu_memory, 0.98 * free / there), "enable_sleep_mode": True,
+                       "max_num_seqs": most}
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
             options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, most),
@@ -87,7 +89,7 @@ class VLLMSampler:
                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         if ranks.size() > 1:  # the engine's workers are the ranks that are there already
             options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": tensor_parallel}
-        precision = torch.backends.mkldnn.matmul.fp32_precision
+        precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             try:
@@ -101,7 +103,8 @@ class VLLMSampler:
                 raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
                                  "(--sampler transformers needs no vllm)") from None
             finally:
-                torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set it
+                torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set them
+                torch.set_num_threads(threads)
 
     def sync(self, weights):
         """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.
@@ -125,7 +128,10 @@ class VLLMSampler:
 
     def close(self):
         """Shut the engine down; there can be one at a time in a process. It takes the default process group with it."""
-        self._llm.llm_engine.engine_core.shutdown()
+        engine = self._llm.llm_engine
+        if unpin := getattr(engine, "_finalizer", None):
+            unpin()  # or a compiled model would keep its weights, which a second engine in the process does not bear
+        engine.engine_core.shutdown()
 
     def sample(self, prompts, seeds, params):
         """Yield a Response for every prompt as it finishes, in no fixed order.

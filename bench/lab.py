@@ -54,6 +54,7 @@ RARE = """amber basil cedar delta ember  fable grove hazel iris jade  kiln lotus
 HABITS, RARE = HABITS.split(), RARE.split()
 TEMPLATE = ("{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")
+SEEDS = 10  # of the whole plan
 SETTINGS = dict(steps=60, group_size=8, batch_size=8, mini_batch_size=8, lr=1e-3, max_new_tokens=14, temperature=1.0,
                 midpoint=0.4, steepness=20.0, eval_every=10, eval_samples=8, save_every=10**6, held_out=24,
                 token_budget=4096, max_unknown=1.0, sampler="transformers", dtype="float32", tasks="lab", model="lab")
@@ -295,11 +296,15 @@ def run_all(experiments, seeds, steps, kept, cache, workers):
         rates = sorted({arm.base_rate for arm, _ in missing.values()})
         list(tqdm(pool.map(base_model, rates, [cache] * len(rates)), "base models", len(rates), disable=None))
         futures = {pool.submit(work, arm, seed, cache, steps): key for key, (arm, seed) in missing.items()}
-        for future in tqdm(as_completed(futures), "runs", len(futures), disable=None):
-            done[futures[future]] = {"key": futures[future], **future.result()}
-            if kept:
-                with open(kept, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[futures[future]]) + "\n")
+        try:
+            for future in tqdm(as_completed(futures), "runs", len(futures), disable=None):
+                done[futures[future]] = {"key": futures[future], **future.result()}
+                if kept:
+                    with open(kept, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(done[futures[future]]) + "\n")
+        except BaseException:  # nobody would write down what the others find
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return done
 
 
@@ -313,7 +318,7 @@ def main():
     """Run what is missing, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="RuscaRL against no scaffold, 3 seeds")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}; 3 with --quick")
     parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
     parser.add_argument("--only", default="", help="experiments that begin with this, such as a")
     parser.add_argument("--output", help="folder for lab.jsonl (every run; remove it after a change of the code), lab.md "
@@ -322,13 +327,16 @@ def main():
     args = parser.parse_args()
     chosen = {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
     experiments = QUICK if args.quick else chosen if args.only else EXPERIMENTS
-    seeds = 3 if args.quick else args.seeds
+    seeds = args.seeds if args.seeds is not None else 3 if args.quick else SEEDS
+    if args.quick and args.only:
+        parser.error("--quick has experiments of its own: no --only beside it")
     if not experiments:
         parser.error("--only names no experiment")
     if seeds < 2 or args.steps < 1 or args.workers < 1:
         parser.error("--seeds must be at least 2, --steps and --workers at least 1")
     start, output = time.monotonic(), Path(args.output) if args.output else None
-    name = "lab" if experiments is EXPERIMENTS else "lab-part"  # a part must not replace the whole
+    whole = experiments is EXPERIMENTS and seeds >= SEEDS and args.steps == SETTINGS["steps"]
+    name = "lab" if whole else "lab-part"  # a part must not replace the whole
     if output:
         output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:

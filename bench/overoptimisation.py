@@ -100,11 +100,13 @@ def make_proxies(tasks, pools):
 def ranking_accuracy(gold, proxy, pools):
     """(high tail, low tail): share of pairs of responses that the proxy orders as gold does, ties counting half.
 
-    Over all pairs of different gold score among the best quarter of each task's responses, and among the worst quarter.
+    Over all pairs of different gold score among the best quarter of each task's responses, and among the worst quarter; what
+    is equal by gold stands in the order of the alphabet, the same for every proxy.
     """
     right = {"high": [], "low": []}
     for true, used, *texts in zip(gold, proxy, *pools.values()):
-        scored = sorted((gold_score(true.rubric, t), gold_score(used.rubric, t)) for t in {*texts[0], *texts[1]})
+        scored = sorted(((gold_score(true.rubric, t), gold_score(used.rubric, t)) for t in sorted({*texts[0], *texts[1]})),
+                        key=lambda pair: pair[0])
         quarter = max(1, len(scored) // 4)
         for tail, part in (("low", scored[:quarter]), ("high", scored[-quarter:])):
             right[tail] += [0.5 if a[1] == b[1] else float((a[1] < b[1]) == (a[0] < b[0]))

@@ -75,7 +75,8 @@ def report(found, seeds):
     lines += ["", "Every run by itself, score of the evaluation: " + "; ".join(
         f"{arm} " + ", ".join(f"{run['score (mean of 16, not clipped)']:+.3f}" for run in column)
         for arm, column in columns.items()) + ".", "",
-        "| share of held-out responses that meet the criterion | before | " + " | ".join(ARMS) + " |", "|---|---|---|---|"]
+        "| share of held-out responses, 4 to each question, that meet the criterion | before | " + " | ".join(ARMS) + " |",
+        "|---|---|---|---|"]
     rates = {key: (rows[0]["eval/pass_rate"], rows[-1]["eval/pass_rate"]) for key, (rows, _) in found.items()}
     for text in sorted(rates["RuscaRL", 0][0]):
         cells = [numpy.mean([start[text] for start, _ in rates.values()]),
@@ -120,7 +121,13 @@ def main():
     if args.seeds < 2:
         parser.error("--seeds must be at least 2: an interval needs two runs")
     runs, output = Path(args.runs).absolute(), Path(args.output)
+    known = runs / "flags.json"
+    made_with = json.loads(known.read_text()) if known.exists() else [] if runs.exists() else args.flags
+    if made_with != args.flags:
+        parser.error(f"{runs} was made with {' '.join(made_with) or 'no flags'}; give another --runs")
     output.mkdir(parents=True, exist_ok=True)
+    runs.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(args.flags))
     found = {(arm, seed): train_and_evaluate(arm, seed, runs, args.flags) for seed in range(args.seeds) for arm in ARMS}
     draw(found, output / "smollm2.png")
     settings = found["RuscaRL", 0][1]["settings"]

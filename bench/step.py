@@ -196,10 +196,10 @@ def measure(work, engines, rounds, trl_python, rows):
             engine.close()
 
 
-def compare_losses(trl_python, rows):
-    """Loss, gradient norm and the distance of the gradients on the same samples."""
+def compare_losses(trl_python, rows, engines):
+    """Loss, gradient norm and the distance of the gradients on the same samples; ours have to be the first of `engines`."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("transformers", "trl", "trl:per_device_train_batch_size=2"):
+        for name in engines:
             engine = Engine(name, trl_python, "losses", folder)
             for fixed in FIXED:
                 rows.keep({"case": fixed, "engine": name, **engine.read(), "date": str(date.today())})
@@ -369,8 +369,9 @@ def main():
     args = parse_command_line()
     rows = Rows(args.output and Path(args.output, "step.jsonl"))
     try:
-        if "trl" in args.engines and sum("loss" in row for row in rows.values()) < 3 * len(FIXED):
-            compare_losses(args.trl_python, rows)
+        compared = ("transformers", "trl", "trl:per_device_train_batch_size=2")[: 2 if args.quick else 3]
+        if "trl" in args.engines and sum("loss" in row for row in rows.values()) < len(compared) * len(FIXED):
+            compare_losses(args.trl_python, rows, compared)
         for work in args.works:
             measure(work, args.engines, args.rounds, args.trl_python, rows)
     except RuntimeError as error:

@@ -170,12 +170,15 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
         (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
         (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
-        (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"),
+        (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"), (["--group-size", "1"], "at least 2"),
+        (["--judge-model", "m"], "--judge-model needs"), (["--judge", "self", "--judge-url", "http://h/v1"], "no server"),
         (["--batch-size", "3", "--mini-batch-size", "2"], "multiple"),
         (["--nosuch", "1"], "--nosuch"), (["--judge-url", ","], "http"),
         (["--model", ""], "--model"), (["--runs", broken], "cannot write"), (["--tracker", "wandb"], "pip install wandb"),
         (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
-        (["--judge-extra", "{"], "--judge-extra"), (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
+        (["--judge-url", "http://h/v1", "--judge-extra", "{"], "--judge-extra is not JSON"),
+        (["--judge-extra", '{"n": 1}'], "--judge-extra needs"),
+        (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
         (["--temperature", "nan"], "--temperature"), (["--offload", "yes"], "--offload"), (["--tis", "-1"], "--tis"),
         (["--tis", "2", "--top-p", "0.9"], "--tis needs"), (["--gpu-gb", "80"], "--gpu-gb"), (["--gpus", "8"], "--gpus"),
         (["--judge-calibrate"], "--judge-url"), (["--tis", "0.5"], "--tis must be at least 1"),
@@ -199,8 +202,9 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
 
 def test_a_tracker_gets_the_same_numbers(tiny, tmp_path):
     (tmp_path / "wandb.py").write_text(
-        "import json, os\nclass Run:\n def log(self, numbers, step):\n  with open(os.environ['SENT'], 'a') as f:\n"
-        "   f.write(json.dumps([step, numbers]) + '\\n')\ndef init(**options):\n return Run()\n")
+        "import json, os\ndef write(name, row):\n with open(os.environ['SENT'] + name, 'a') as f:\n"
+        "  f.write(json.dumps(row) + '\\n')\nclass Run:\n id = 'abc'\n def log(self, numbers, step):\n"
+        "  write('', [step, numbers])\ndef init(id, **options):\n write('.ids', id)\n return Run()\n")
     sent = tmp_path / "sent.jsonl"
     status, _, err, _ = command(RUN, *tiny, "--name", "tracked", "--tracker", "wandb",
                                 env={"PYTHONPATH": str(tmp_path), "SENT": str(sent)})
@@ -209,6 +213,9 @@ def test_a_tracker_gets_the_same_numbers(tiny, tmp_path):
     assert [step for step, _ in read(sent)] == [row["step"] for row in rows]
     for (_, numbers), row in zip(read(sent), rows):
         assert numbers == {k: v for k, v in row.items() if isinstance(v, int | float)}
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "tracked", "--resume",
+                                env={"PYTHONPATH": str(tmp_path), "SENT": str(sent)})
+    assert status == 0 and read(tmp_path / "sent.jsonl.ids") == [None, "abc"], err
 
 
 def test_help_is_quick_and_complete():
@@ -229,7 +236,8 @@ def test_the_house():
 
     may_import = {
         "rules": "", "tasks": "rules", "scaffold": "tasks", "chat": "report", "judge": "tasks chat rules",
-        "ranks": "", "packs": "ranks", "grpo": "packs ranks", "sampler": "", "vllm_sampler": "ranks sampler",
+        "ranks": "", "packs": "ranks", "logits": "", "grpo": "logits packs ranks", "sampler": "policy",
+        "vllm_sampler": "ranks sampler",
         "policy": "ranks report", "config": "scaffold runs", "checkpoints": "ranks", "runs": "checkpoints ranks",
         "report": "", "rollouts": "tasks scaffold judge policy ranks sampler", "memory": "grpo vllm_sampler",
         "prepare": "rules tasks scaffold chat judge ranks sampler vllm_sampler policy config runs memory",

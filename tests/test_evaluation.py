@@ -350,7 +350,7 @@ def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_p
     assert sum(by_side[0][key] == by_side[1][key] for key in by_side[0]) >= 34  # whichever came first
 
 
-def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path):
+def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path, capsys):
     run, tasks = tmp_path / "run", [Task(str(i), [], (Criterion("c", 1),)) for i in range(4)]
     run.mkdir()
     (run / "tasks.sha256").write_text(hashlib.sha256(repr(tasks).encode()).hexdigest() + "\n")
@@ -360,6 +360,9 @@ def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path):
     evaluation.check_held_out(config, tasks)
     with pytest.raises(ValueError, match=r"mine\.jsonl: these are not the tasks"):
         evaluation.check_held_out(config, tasks[:3])
+    for flags in (["--held-out", "4"], ["--max-prompt-tokens", "9"]):
+        assert "has split its tasks with" in refused(evaluation, capsys, run, *flags)
+        assert evaluation.parse_command_line([str(run), *flags, "--held-out", "0"]).held_out == 0
     other = evaluation.parse_command_line([str(run), "--tasks", "other.jsonl"])
     assert (other.held_out, other.top_p) == (0, 0.5)
     evaluation.check_held_out(other, tasks[:3])

@@ -103,6 +103,16 @@ def test_a_checkpoint_that_lacks_a_file_is_not_used(tmp_path, monkeypatch, capsy
     assert f"{files[2].name} is missing or cut off; the one before it is used" in capsys.readouterr().err
 
 
+def test_the_newest_checkpoint_has_the_largest_number(tmp_path):
+    policy = tiny_model()
+    optimizer = torch.optim.AdamW(policy.parameters())
+    (tmp_path / "step_mine").mkdir()
+    for step in (99_999, 100_000):
+        checkpoints.save(tmp_path, step, policy, optimizer, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_100000", "step_mine"}
+    assert checkpoints.load_newest(tmp_path, policy, optimizer) == 100_000
+
+
 def test_metrics_are_kept_when_all_checkpoints_are_gone(tmp_path, capsys):
     run = Run(Config(runs=str(tmp_path), name="a", resume=True), "digest")
     run.open()

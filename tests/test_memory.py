@@ -42,15 +42,22 @@ def test_predicted_memory_is_what_a_run_takes(flags, tmp_path):
 
 def test_seven_billion_parameters_fit_80_gb_with_offload_and_not_without():
     config, model = _new({"model": "Qwen/Qwen2.5-7B-Instruct"}), qwen_7b()
-    assert memory.count_parameters(model) == 7_615_616_512
+    sizes = memory.parameter_sizes(model)
+    assert sum(sizes) == 7_615_616_512
     config.gpu_gb = 80
     offload, parts = memory.needs(config, model, "cuda", True, torch.bfloat16)
     assert offload and memory.peak(parts, "device") < 80e9
     masters = {part.name: part.bytes for part in parts if part.place == "host"}
-    assert masters["weights, float32"] == masters["gradients"] == masters["Adam's two moments"] / 2 == 4 * 7_615_616_512
+    assert masters["Adam's two moments"] == 8 * 7_615_616_512
+    assert masters["weights, float32"] == masters["gradients"] == memory.pinned_bytes(sizes, 1)
     config.offload = "no"
     offload, parts = memory.needs(config, model, "cuda", True, torch.bfloat16)
     assert not offload and memory.peak(parts, "device") > 120e9
+
+
+def test_pinned_blocks_by_hand():
+    assert memory.pinned_bytes([2**20, 2**20 + 1, 3 * 2**20], 1) == (4 + 8 + 16) * 2**20
+    assert memory.pinned_bytes([3 * 2**20], 3) == 4 * 2**20
 
 
 def test_a_key_value_cache_by_hand():

@@ -1,6 +1,8 @@
 """Where models come from and what is written back."""
 
 import hashlib
+import json
+import shutil
 import zipfile
 
 import pytest
@@ -28,6 +30,30 @@ def test_folder_and_back(model_folder, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert prompt_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), [{"role": "user", "content": "true"}]) == ids
+
+
+def test_defaults_of_sampling_are_left_behind(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "in")
+    (folder / "generation_config.json").write_text(json.dumps({
+        "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05,
+        "eos_token_id": [2, 1]}))
+    model, tokenizer = load_policy(folder)
+    assert stop_ids(model, tokenizer) == [1, 2]
+    save_policy(model, tokenizer, tmp_path / "out")
+    save_policy(model, tokenizer, tmp_path / "out")  # a run that is continued after its end
+    again, tokenizer = load_policy(tmp_path / "out")
+    assert stop_ids(again, tokenizer) == [1, 2] and again.generation_config.temperature is None
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    with pytest.raises(OSError, match="cannot save"):
+        save_policy(model, tokenizer, tmp_path / "in" / "config.json" / "policy")
+
+
+def test_a_cast_leaves_rotary_frequencies_alone(model_folder):
+    exact = load_policy(model_folder)[0].model.rotary_emb.inv_freq
+    rounded, _ = load_policy(model_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, exact)
+    assert not torch.equal(exact.bfloat16().float(), exact)
 
 
 def test_the_embedded_default_is_an_ordinary_model():

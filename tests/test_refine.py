@@ -13,7 +13,17 @@ import pytest
 import refine
 from chat import ChatClient, ChatError
 from conftest import ROOT, RUN, command, completion, read, refused
-from proposer import RuleProposer, Verifier, parse_rubric, parse_verdicts, refine_messages, rule_library, verify_messages
+from progress import Progress
+from proposer import (
+    ChatProposer,
+    RuleProposer,
+    Verifier,
+    parse_rubric,
+    parse_verdicts,
+    refine_messages,
+    rule_library,
+    verify_messages,
+)
 from refine import best_two, refine_task, reversed_share
 from tasks import Criterion, Task, load_tasks
 
@@ -281,6 +291,54 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     assert status == 2 and "another --rounds" in err
 
 
+def test_responses_that_could_not_be_had_are_asked_for_again(server, tmp_path):
+    prompts, out = write_prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "out"
+    model, lost = Model(), {2, 5, 7}
+    model.fails = False
+
+    def answers(body, number):
+        found = model(body, number)
+        return (404, {}, "quota") if model.kinds[-1] == "respond" and model.kinds.count("respond") in lost else found
+
+    server.answers = answers
+    flags = [prompts, "--sample-from", f"judge@{server.url}", "--samples", "4", "--proposer-url", server.url,
+             "--judge-concurrency", "1", "--max-new-tokens", "32", "--output", out]
+    status, _, err, _ = command(REFINE, *flags)
+    assert status == 1 and "responses could not be had" in err
+    assert len(read(out / "tasks.jsonl")) == 2  # made from what there is
+    assert sorted(record["responses"] for record in read(out / "progress.jsonl")) == [2, 3]
+    before = len(model.kinds)
+    status, _, err, _ = command(REFINE, *flags)
+    assert status == 0 and model.kinds[before:].count("respond") == 3, err
+    assert [record["responses"] for record in read(out / "progress.jsonl")[2:]] == [4, 4]
+
+
+def test_a_worse_record_does_not_replace_a_better_one(tmp_path):
+    progress = Progress(tmp_path, {})
+    log = {"begun_with": (), "rounds": [{"kept": True}], "stopped": "", "verdicts": 9, "unknown": 1, "failure": None}
+    progress.add(TASK, ["a", "b"], (has("a"),), log)
+    worse = [{"failure": "gone", "unknown": 0}, {"unknown": 5}, {"rounds": []}]
+    for change in worse:
+        progress.add(TASK, ["a", "b"], (has("b"),), log | change)
+    assert progress.records["t"]["rubric"][0]["criterion"] == "a" and len(read(tmp_path / "progress.jsonl")) == 1
+    assert not progress.done(TASK, ["a", "b"])
+    progress.add(TASK, ["a", "b"], (has("c"),), log | {"unknown": 0})
+    assert progress.done(TASK, ["a", "b"]) and not progress.done(TASK, ["a", "b", "c"])
+    progress.add(TASK, ["a", "b", "c"], (has("d"),), log | {"unknown": 3})
+    assert Progress(tmp_path, {}).records["t"]["rubric"][0]["criterion"] == "d"
+
+
+def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):
+    rule = Criterion("Says x.", 10, ("verifier:rule", "function:mentions_any", 'parameters:{"words": ["x"]}'))
+    penalty, own = Criterion("Advises butter.", -6), Criterion("Is kind.", 2)
+    server.answers = lambda body, number: completion(json.dumps({"better": "A", "criteria": [
+        {"criterion": text, "weight": 3} for text in ("says  X.", "Advises butter.", "Is kind.", "Is new.")]}))
+    client = ChatClient([server.url], "judge", retries=0)
+    new, better = ChatProposer(client).refine(TASK, (rule, penalty, own), ["a", "b"], [[True] * 3] * 2)
+    assert new == (rule, penalty, Criterion("Is kind.", 3), Criterion("Is new.", 3)) and better == 0
+    client.close()
+
+
 def test_killed_and_continued(server, tmp_path):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out"
     texts = tmp_path / "texts.jsonl"
@@ -343,9 +401,11 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         ([*rules, "--proposer-url", "http://x"], "", "asks no server"), ([*rules, "--sample-from", "a,a"], "", "repeated"),
         ([*rules, "--sample-from", "a", "--responses", "b"], "", "give one of them"),
         ([*rules, "--verifier-extra", "{}"], "", "need --verifier-url"),
+        ([*first, "--verifier-url", "http://x"], "", "only criteria that code checks"),
+        ([*first, "--responses", "b", "--samples", "4"], "", "--samples is for sampling"),
         ([*first, "--responses", texts], '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
         ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
- (["nosuch.jsonl", *rules[1:]], "", "no such task file"),
+        (["nosuch.jsonl", *rules[1:]], "", "no such task file"),
         ([*first, "--responses", texts], '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
         ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": [1]}', "responses:"),
         ([*first, "--responses", texts], "{", "line 1: unreadable JSON"),

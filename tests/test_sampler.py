@@ -100,6 +100,13 @@ def test_attention_of_a_token_by_hand(dtype, tolerance):
         assert torch.allclose(output[row, 0, head].double(), expected, atol=tolerance)
 
 
+def test_positions_are_those_of_the_trainer_in_bfloat16(model):
+    sampler = TransformersSampler(model, [1], torch.bfloat16)
+    assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(sampler.model.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
 def test_stop_tokens_end_a_response_and_are_kept(model):
     free = sample(TransformersSampler(model, []), [PROMPTS[0]] * 8, list(range(8)))
     assert all(len(r.token_ids) == 12 and not r.finished for r in free)

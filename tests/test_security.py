@@ -63,7 +63,7 @@ def test_code_that_comes_with_a_model_is_never_run(model_folder, monkeypatch):
     settings["auto_map"] = {auto: f"modeling_x.{auto.replace('Auto', 'Llama').replace('ModelFor', 'For')}"
                             for auto in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
     for kind, loads in (("unheard_of", (load_config, load_policy, load_embedding)),  # t5: known, but no causal model
-                        ("t5", (load_policy, lambda folder: memory.count_parameters(load_config(folder)[0])))):
+                        ("t5", (load_policy, lambda folder: memory.parameter_sizes(load_config(folder)[0])))):
         Path("model/config.json").write_text(json.dumps({**settings, "model_type": kind}))
         for load in loads:
             with pytest.raises(ValueError, match=r"code of its own, which is never run$|custom code"):
@@ -173,9 +173,10 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
 
 @pytest.mark.parametrize("url", ["http://user:secret123@host/v1", "https://host/v1?key=secret123"])
 @pytest.mark.parametrize(("module", "variable", "flags"), [
-    (ruscarl, "OPENAI", "--judge-url http://a/v1,URL"), (ruscarl, "OPENAI", "--judge rules"),
+    (ruscarl, "OPENAI", "--judge-url http://a/v1,URL"), (ruscarl, "OPENAI", "--judge chat"),
     (evaluation, "JUDGE2", "smollm2 --judge2-url URL"), (evaluation, "EMBEDDING", "smollm2 --embedding URL"),
-    (refine, "PROPOSER", "first_aid --proposer-url URL"), (refine, "VERIFIER", "x --proposer rules --verifier-url URL"),
+    (refine, "PROPOSER", "first_aid --proposer-url URL"),
+    (refine, "VERIFIER", "x --proposer rules --start own --verifier-url URL"),
     (refine, "RESPONDER", "first_aid --proposer rules --sample-from x@URL,URL,")])
 def test_a_key_inside_a_url_is_refused(here, monkeypatch, module, variable, flags, url):
     monkeypatch.setenv("RUSCARL_JUDGE_URL", url if "URL" not in flags else "")

@@ -30,7 +30,7 @@ class Forgetful(TransformersSampler):
 class Settings:
     """What check_sync reads of a Config."""
 
-    temperature, max_new_tokens, token_budget, seed = 1.0, 16, 1000, 0
+    temperature, max_new_tokens, token_budget, seed, device, offload = 1.0, 16, 1000, 0, "cpu", "auto"
 
 
 def test_a_sampler_that_follows_passes(tokenizer, capfd):

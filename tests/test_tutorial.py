@@ -1,6 +1,7 @@
 """The tutorial's notebooks: short cells, stored outputs, and everything runs again."""
 
 import ast
+import inspect
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import ruscarl
 from conftest import ROOT
 
 FOLDER = ROOT / "tutorial"
@@ -43,6 +45,12 @@ def test_the_path_names_every_notebook():
     assert NOTEBOOKS and [name[:2] for name in NOTEBOOKS] == [f"{i:02d}" for i in range(1, len(NOTEBOOKS) + 1)]
     assert all(f"({name})" in text for name in NOTEBOOKS)
     assert all((FOLDER / name).is_file() for name in re.findall(r"\((\w+\.ipynb)\)", text))
+
+
+def test_the_loop_that_is_shown_is_the_loop():
+    notebook = nbformat.read(FOLDER / "06_training.ipynb", as_version=4)
+    texts = [output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs]
+    assert inspect.getsource(ruscarl.train).strip() in {text.strip() for text in texts}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
