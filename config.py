@@ -140,10 +140,11 @@ def parse_command_line(argv=None):
         choices = field.metadata["choices"]
         parser.add_argument(flag(field.name), type=field.type, choices=choices, default=None, help=help + shown,
                             metavar=None if choices else field.type.__name__.upper())
-    parser.add_argument("--plan", dest="action", action="store_const", const="plan", default="train",
-                        help="print steps, samples, judge calls and memory of the run instead of running it")
-    parser.add_argument("--judge-calibrate", dest="action", action="store_const", const="calibrate",
-                        help="ask the judge at --judge-url what rules know, and print how often it is right")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", dest="action", action="store_const", const="plan", default="train",
+                         help="print steps, samples, judge calls and memory of the run instead of running it")
+    instead.add_argument("--judge-calibrate", dest="action", action="store_const", const="calibrate",
+                         help="ask the judge at --judge-url what rules know, and print how often it is right")
     given = parser.given(argv, ranks=True)
     action = given.pop("action")
     try:
@@ -202,11 +203,22 @@ def _resumed(given):
     unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
+    check_saved(name, saved)
     different = [key for key in given if key not in MAY_CHANGE and given[key] != saved.get(key)]
     if different:
         changes = ", ".join(f"{key} was {saved.get(key)!r}, is {given[key]!r}" for key in different)
         raise ValueError(f"cannot resume {name} with another config: {changes}")
     return Config(**{**saved, **given, "name": name})
+
+
+def check_saved(name, saved):
+    """Raise ValueError for a setting in the config.json of the run `name` that no flag could have given."""
+    for field in dataclasses.fields(Config):
+        value, choices = saved.get(field.name, field.default), field.metadata["choices"]
+        kinds = (int, float) if field.type is float else (field.type,)
+        if type(value) not in kinds or (choices and value not in choices):
+            raise ValueError(f"config.json of {name}: {field.name}: must be "
+                             f"{'one of ' + ', '.join(choices) if choices else field.type.__name__}, got {value!r}")
 
 
 def check(config):
@@ -255,8 +267,8 @@ def check_urls(urls, name, variable):
     for url in urls.split(",") if urls else []:
         if set(url) & set("@?#"):
             raise ValueError(f"{name}: a base URL has no user, password or query in it; a key goes into ${variable}")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{name}: {url!r} does not begin with http:// or https://")
+        if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
+            raise ValueError(f"{name}: {url!r} is not http:// or https:// and a server")
 
 
 def judge_extra(config):

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Parser, add_flags, check, check_urls, find_judge, flag, paper_preset, setting
+from config import Config, Parser, add_flags, check, check_saved, check_urls, find_judge, flag, paper_preset, setting
 from runs import claim, saved_config
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
@@ -67,7 +67,8 @@ def _start(given):
     than smollm2."""
     model = given["model"]
     if (Path(model) / "tasks.sha256").is_file():
-        saved = saved_config(Path(model).absolute().parent, Path(model).name)[1]
+        name, saved = saved_config(Path(model).absolute().parent, Path(model).name)
+        check_saved(name, saved)
         own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
         for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
             was = saved.get(name)

@@ -1,9 +1,9 @@
-"""GRPO on shared-prefix packs: advantages, packing, log-probabilities, KL, the clipped loss, one update.
+"""GRPO on shared-prefix packs: advantages, log-probabilities, KL, the clipped loss, one update.
 
 Tensors only: this module knows nothing of rubrics, prompts or judges. Per rollout batch:
 
     1. group_advantages: A_i = (r_i - mean_group) / (std_group + eps)
-    2. make_packs: a question and as many of its responses as fit a token budget become one row
+    2. packs.make_packs: a question and as many of its responses as fit a token budget become one row
     3. response_logprobs: log-probability of every response token; logits nowhere else
     4. policy_loss: the clipped surrogate, averaged over all response tokens of the mini-batch
     5. update: that loss plus kl_coef * KL to the frozen reference, one optimiser step a mini-batch

@@ -81,8 +81,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     query: [1, heads, tokens, width]; key, value: [1, kv heads, tokens, width]. The second part is a batch of responses,
     whose keys are the question's and then their own; a token sees all of those up to its own place. Its cost grows with
     responses x longest x (question + longest), not with the square of the pack. Without a pack: PyTorch's own attention.
-    Returns ([1, tokens, heads, width], None). Worked example, question of 2 tokens and two responses of 2 and 1: who (row)
-    sees whom (column).
+    Returns ([1, tokens, heads, width], None). Worked example, question of 2 tokens and two responses of which 2 and 1
+    tokens are in the row: who (row) sees whom (column).
 
         1 0 0 0 0
         1 1 0 0 0

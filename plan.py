@@ -52,7 +52,7 @@ def print_plan(config):
 
 def work(config, tasks, held_out, tokenizer):
     """What a run does: list of (name, line)."""
-    evaluations = len({*range(0, config.steps, config.eval_every), config.steps})
+    evaluations = -(-config.steps // config.eval_every) + 1
     samples = config.steps * config.batch_size * config.group_size
     evaluated = evaluations * config.held_out * config.eval_samples
     updates = config.batch_size // config.mini_batch_size

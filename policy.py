@@ -108,6 +108,8 @@ def _find(source, cache):
     path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
     if path.suffix == ".gguf" and not path.is_file():
         raise ValueError(f"no such model file: {source}")
+    if str(source).startswith(("/", ".", "~")) and not path.exists():  # no hub id begins so
+        raise ValueError(f"cannot load model {source}: no such folder")
     return path, str(path) if path.exists() else str(source)
 
 

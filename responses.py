@@ -14,6 +14,7 @@ from answers import Setup, make_sampler
 from chat import ChatClient, ChatError
 from policy import load_config, load_policy, policy_folder, prompt_ids
 from prepare import check_context, choose_device, choose_sampler, computing_dtype, say
+from rules import shown
 from runs import whole_lines
 from sampler import SamplingParams, address_seed
 from tasks import read_jsonl
@@ -22,11 +23,13 @@ from tasks import read_jsonl
 def read_responses(path, everything, tasks):
     """{task id: texts} of a file, equal ones once. Raises ValueError, with line and field, for a defect, an id that none of
     `everything` has, or one of `tasks` with fewer than two different responses."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such file'}: {path}")
     known, found = {task.id for task in everything}, defaultdict(list)
     for place, record in read_jsonl(path):
         identity = record.get("prompt_id") if isinstance(record, dict) else None
         if not isinstance(identity, str) or identity not in known:
-            raise ValueError(f"{place}: prompt_id: missing, or none of the prompts has it")
+            raise ValueError(f"{place}: prompt_id: none of the prompts has it: {shown(identity)}")
         if not are_texts(record.get("responses")):
             raise ValueError(f"{place}: responses: must be a list of non-empty strings")
         found[identity].extend(record["responses"])

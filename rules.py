@@ -38,15 +38,17 @@ def rule_from_tags(tags):
             values[key] = value
     if not values or values == {"verifier": "llm"}:
         return None
-    if values.get("verifier") != "rule":
-        raise ValueError(f"verifier must be rule or llm, got {shown(values.get('verifier'))}")
+    if "verifier" not in values:
+        raise ValueError(f"a {next(iter(values))}: tag without verifier:rule")
+    if values["verifier"] != "rule":
+        raise ValueError(f"verifier must be rule or llm, got {shown(values['verifier'])}")
     name = values.get("function", "")
     if name not in RULES:
         raise ValueError(f"unknown rule {shown(name)} (known: {', '.join(RULES)})")
     if len(values.get("parameters", "")) > LONGEST:
         raise ValueError(f"parameters of {name} are longer than {LONGEST:,} characters")
     try:
-        parameters = json.loads(values.get("parameters") or "{}")
+        parameters = json.loads(values.get("parameters") or "{}", object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"parameters of {name} are not JSON: {error}") from None
     if not isinstance(parameters, dict):
@@ -65,6 +67,15 @@ def shown(value):
     """A value as an error message quotes it: its repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "..."
+
+
+def unique_keys(pairs):
+    """A JSON object's pairs as a dict, for json.loads. Raises ValueError for a key that stands twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(shown(k) for k in keys if keys.count(k) > 1)} stands twice")
+    return record
 
 
 def normalize(text):

@@ -51,11 +51,35 @@ def write_whole(path, text):
 
 
 def whole_lines(path):
-    """Remove a last line of `path` that a kill has torn, or the next one would be glued to it."""
-    content = path.read_bytes() if path.exists() else b"\n"
-    if not content.endswith(b"\n"):
-        with open(path, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+    """Mend the end of `path`, a file of JSON objects, one a line, or the next one would be glued to it: a last line that a
+    kill has torn is removed, one that lacks only its line break gets it."""
+    content = path.read_bytes() if path.exists() else b""
+    begin = content.rfind(b"\n") + 1
+    if not content[begin:].startswith(b"{"):  # nothing, or nothing that was written here: whoever reads it will say so
+        return
+    try:
+        json.loads(content[begin:])
+    except ValueError:
+        os.truncate(path, begin)
+        print(f"{path}: its last line was cut off, and is removed", file=sys.stderr)
+    else:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def read_rows(path):
+    """The rows of `path`, a file of JSON objects, one a line, whose end is mended (see whole_lines); none where it is not
+    there. Raises ValueError, with the line, for what is no JSON object."""
+    whole_lines(path)
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+    return rows
 
 
 def claim(folder, settings, kept):
@@ -68,6 +92,8 @@ def claim(folder, settings, kept):
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: unreadable JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: must be a JSON object")
     if not saved and (folder / kept).exists():
         raise ValueError(f"--output {folder}: there is a {kept} without its settings.json")
     for name, value in settings.items():
@@ -134,15 +160,11 @@ class Run:
         self._tracker({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
 
     def rows(self):
-        """The rows of metrics.jsonl so far; a last line that a kill has torn is left out."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                if number < len(lines):
-                    raise ValueError(f"{self.metrics}, line {number}: unreadable JSON") from None
+        """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
+        rows = read_rows(self.metrics)
+        for number, row in enumerate(rows, 1):
+            if type(row.get("step")) is not int:
+                raise ValueError(f"{self.metrics}, line {number}: step: must be a whole number, got {row.get('step')!r}")
         return rows
 
     def save_rollouts(self, name, rollouts):

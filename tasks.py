@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rules import rule_from_tags, shown
+from rules import rule_from_tags, shown, unique_keys
 
 BUNDLED = Path(__file__).parent / "rubrics"
 HEALTHBENCH_URL = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/2025-05-07-06-14-12_oss_eval.jsonl"
@@ -125,23 +125,17 @@ def read_jsonl(path):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield place, json.loads(text, object_pairs_hook=_unique_keys)
+                    yield place, json.loads(text, object_pairs_hook=unique_keys)
             except UnicodeDecodeError:
                 raise ValueError(f"{place}: not UTF-8 text") from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: unreadable JSON: {error.msg} at column {error.colno}") from None
+                ends = error.pos >= len(text.rstrip())
+                why = "it ends too early; a record has to be on one line" if ends else f"{error.msg} at column {error.colno}"
+                raise ValueError(f"{place}: unreadable JSON: {why}") from None
             except RecursionError:
                 raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
             except ValueError as error:  # a key that stands twice, a number of thousands of digits
                 raise ValueError(f"{place}: unreadable JSON: {error}") from None
-
-
-def _unique_keys(pairs):
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(shown(k) for k in keys if keys.count(k) > 1)} stands twice")
-    return record
 
 
 def _read_parquet(path):
@@ -189,7 +183,7 @@ def _parse_task(record, place, need_rubrics):
 
 def _parse_messages(messages, place):
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: prompt: no messages; it must be a list of them, got {shown(messages)}")
+        raise ValueError(f"{place}: prompt: must be a list of at least one message, got {shown(messages)}")
     for i, message in enumerate(messages):
         field = f"{place}: prompt[{i}]"
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
@@ -221,7 +215,7 @@ def _parse_criterion(record, field):
 
 def _check_text(text, field):
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{field}: must be a non-empty string")
+        raise ValueError(f"{field}: must be a non-empty string, got {shown(text)}")
     _check_unicode(text, field)
 
 

@@ -93,8 +93,8 @@ def table(found, rounds):
 def main():
     """Run the rounds; print the table, and write it after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default=None)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each fault is tried [5]")
+    parser.add_argument("--output", help="file for the table")
     args = parser.parse_args()
     found = defaultdict(list)
     for done in tqdm(range(1, args.rounds + 1), unit="round", disable=None):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
-from lab_report import write
+from output import earlier, write
 from policy import keep_freed_memory, multiply_with_onednn
-from step import days, machine, memory, read_rows, spread
+from step import days, machine, memory, spread
 
 USUAL = {"vocab": 49152, "width": 576, "layers": 30,  # SmolLM2-135M's
          "question": 256, "response": 128, "group": 8, "budget": 2048}
@@ -138,7 +138,7 @@ def table(found):
 def main():
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="updates that are timed at each point [3]")
     parser.add_argument("--output", help="folder for growth.jsonl, which is gone on from, growth.md and growth.png")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,11 +147,12 @@ def main():
         return
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
-    path, found = args.output and Path(args.output, "growth.jsonl"), {name: [] for name in POINTS}
-    known = read_rows(path) if path else []
+    path, known = earlier(parser, args.output, "growth.jsonl")
+    found = {name: [] for name in POINTS}
     points = [{"experiment": name, **point} for name, points in POINTS.items() for point in points]
     for point in tqdm(points, "points", disable=None):
-        row = next((row for row in known if point.items() <= row.items() and len(row["seconds"]) == args.rounds), None)
+        row = next((row for row in known if {**point, "rounds": args.rounds}.items() <=
+                    {**row, "rounds": len(row.get("seconds", []))}.items()), None)
         if row is None:
             row = {**point, **run(point, args.rounds), "date": str(date.today())}
             print(json.dumps(row), flush=True)

@@ -37,8 +37,9 @@ import lab_report
 import ruscarl
 from config import Config
 from judge import Judge
+from output import earlier, write
 from policy import prompt_ids
-from runs import Run, whole_lines
+from runs import Run
 from sampler import TransformersSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, Task, split_tasks
@@ -283,12 +284,9 @@ def work(arm, seed, cache, steps):
     return train_arm(arm, seed, Path(cache) / f"base_{arm.base_rate}", steps)
 
 
-def run_all(experiments, seeds, steps, kept, cache, workers):
-    """{key: result} of every arm and seed; results in the file `kept` are not run again, new ones are appended."""
-    done = {}
-    if kept and kept.exists():
-        whole_lines(kept)
-        done = {row["key"]: row for row in map(json.loads, kept.read_text().splitlines())}
+def run_all(experiments, seeds, steps, kept, rows, cache, workers):
+    """{key: result} of every arm and seed; those in `rows` are not run again, new ones are appended to the file `kept`."""
+    done = {row.get("key"): row for row in rows}
     arms = [arm for arms in experiments.values() for arm in arms]
     wanted = {key_of(arm, seed, steps): (arm, seed) for seed in range(seeds) for arm in arms}
     missing = {key: value for key, value in wanted.items() if key not in done}
@@ -319,11 +317,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="RuscaRL against no scaffold, 3 seeds")
     parser.add_argument("--seeds", type=int, help=f"default: {SEEDS}; 3 with --quick")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"])
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help=f"of training [{SETTINGS['steps']}]")
     parser.add_argument("--only", default="", help="experiments that begin with this, such as a")
     parser.add_argument("--output", help="folder for lab.jsonl (every run; remove it after a change of the code), lab.md "
                         "(the table) and pictures; lab-part.md where it is not the whole plan")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     args = parser.parse_args()
     chosen = {k: v for k, v in EXPERIMENTS.items() if k.startswith(args.only)}
     experiments = QUICK if args.quick else chosen if args.only else EXPERIMENTS
@@ -337,10 +335,9 @@ def main():
     start, output = time.monotonic(), Path(args.output) if args.output else None
     whole = experiments is EXPERIMENTS and seeds >= SEEDS and args.steps == SETTINGS["steps"]
     name = "lab" if whole else "lab-part"  # a part must not replace the whole
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
+    kept, rows = earlier(parser, args.output, "lab.jsonl")
     with tempfile.TemporaryDirectory() as cache:
-        results = run_all(experiments, seeds, args.steps, output / "lab.jsonl" if output else None, cache, args.workers)
+        results = run_all(experiments, seeds, args.steps, kept, rows, cache, args.workers)
     command = " ".join(["python bench/lab.py", *sys.argv[1:]])
     found = by_arm(experiments, results, seeds, args.steps)
     lines = ["# The lab", "", f"`{command}`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}), no GPU, "
@@ -353,7 +350,7 @@ def main():
         if "a. scaffold" in found:
             lab_report.draw_curves(found, output / f"{name}-curves.png")
             lines += ["", f"![curves]({name}-curves.png)"]
-        lab_report.write(output / f"{name}.md", lines)
+        write(output / f"{name}.md", lines)
 
 
 if __name__ == "__main__":

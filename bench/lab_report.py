@@ -5,7 +5,6 @@ from functools import cache
 import numpy
 from matplotlib.figure import Figure
 
-READING = "## Reading"  # what stands below this line of a report was written by hand, and stays
 OTHERS = "41.1 to 44.0"
 PAPER = {  # HealthBench-500 after training Qwen2.5-7B-Instruct, arXiv 2508.16949
     "a. scaffold": {"RuscaRL": "56.4 (midpoint 0.2)", "no scaffold": "52.0", "whole rubric always": "36.8",
@@ -104,10 +103,3 @@ def draw_curves(found, path):
     for axes in (curves, sweep):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def write(path, lines):
-    """Write a report; the reading below its line READING, made by hand, is kept."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    reading = "\n" + old[old.index(READING) :] if READING in old else ""
-    path.write_text("\n".join(lines) + "\n" + reading, encoding="utf-8")

@@ -30,7 +30,8 @@ from transformers import LlamaForCausalLM
 
 import lab
 from judge import Judge, score
-from lab_report import interval, plus_minus, write
+from lab_report import interval, plus_minus
+from output import write
 from policy import prompt_ids
 from proposer import RuleProposer, Verifier
 from refine import refine_task, tail_kl, tail_win_rate
@@ -193,10 +194,10 @@ def table(curves, accuracy, proxies):
 def main():
     """Run everything, print and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=8, help="of each arm [8]")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of training [{STEPS}]")
     parser.add_argument("--output", help="folder for tail.md and its pictures")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds must be at least 2")

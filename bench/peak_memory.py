@@ -42,7 +42,7 @@ def predicted(flags):
 def main():
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="file for the table")
     args = parser.parse_args()
     lines = ["# Memory: what --plan predicts, and what runs took", "",
              f"`python bench/peak_memory.py {' '.join(sys.argv[1:])}`, {date.today()}, {platform.machine()}, no GPU. "

@@ -30,10 +30,10 @@ from vllm_sampler import VLLMSampler, vllm_obstacle
 def main():
     """Time every way in turn, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed, after one to warm up [5]")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=str(cpu_dtype()).removeprefix("torch."))
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="file that the table is added to")
     args = parser.parse_args()
     keep_freed_memory()
     usual = torch.backends.mkldnn.matmul.fp32_precision

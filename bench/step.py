@@ -7,7 +7,7 @@
 A step samples, judges by rules and updates SmolLM2-135M: plain questions (TRL knows no scaffold) of almost the same length,
 so that TRL need not pad, responses of exactly so many tokens, AdamW, no KL. Each engine is a process that holds its model
 (step_ours.py, step_trl.py); they do their steps in turn, one at a time. Before that, the losses of fixed samples are
-compared. Without --trl-python this project's samplers are compared with each other. trl:key=value,key=value is one more
+compared. Without --trl-python this project's samplers are measured alone. trl:key=value,key=value is one more
 engine, TRL with other settings of GRPOConfig, or with onednn=true, which has its float32 products done as ours are:
 
     python bench/step.py --trl-python ... --cases short --engines trl trl:per_device_train_batch_size=1 trl:onednn=true
@@ -288,13 +288,14 @@ def engine_of(text):
     if name not in ("transformers", "vllm", "trl") or bool(colon) > (name == "trl"):
         raise ValueError(f"{text}: it is transformers, vllm, trl or trl:key=value,key=value")
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]
-    if not all(equals for _, equals, _ in pairs):
+    if not all(key and equals for key, equals, _ in pairs):
         raise ValueError(f"{text}: a setting is key=value")
     return name, {key: value_of(value) for key, _, value in pairs}
 
 
 def parse_command_line():
-    """The arguments, checked, with `works`: what is to be measured."""
+    """The arguments, checked, with `works`, what is to be measured, and `rows`, what was measured before."""
+    from output import earlier  # TRL's environment, which reads this file too, need not have what that needs
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="interpreter of an environment with bench/requirements.txt")
     parser.add_argument("--quick", action="store_true", help="only 8 samples of the short case in float32, 3 rounds")
@@ -319,7 +320,7 @@ def parse_command_line():
         parser.error("--engines vllm: it is not installed")
     if args.trl_python:
         args.trl_python = os.path.abspath(args.trl_python)
-        if not os.access(args.trl_python, os.X_OK):
+        if not os.path.isfile(args.trl_python) or not os.access(args.trl_python, os.X_OK):
             parser.error(f"--trl-python {args.trl_python}: no such interpreter")
     elif "trl" in kinds:
         parser.error("--engines trl needs --trl-python")
@@ -327,26 +328,22 @@ def parse_command_line():
         print("TRL is left out: no --trl-python", file=sys.stderr)
     args.engines = list(dict.fromkeys(args.engines or ["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
                                       + ["trl"] * bool(args.trl_python)))
+    try:
+        args.rows = Rows(*earlier(parser, args.output, "step.jsonl"))
+    except KeyError as error:
+        parser.error(f"{args.output}/step.jsonl: a row has no {error}")
     args.works = [Work("short", 60, 64, 8, 1, "float32")] if args.quick else [
         Work(case, *CASES[case][:2], group, max(1, CASES[case][2] // group), dtype)
         for group in args.groups for case in args.cases or CASES for dtype in args.dtypes or DTYPES]
     return args
 
 
-def read_rows(path):
-    """What earlier starts have written to `path`, whose folder is made if need be: list of dicts."""
-    from runs import whole_lines  # TRL's environment, which reads this file too, need not have what that needs
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole_lines(path)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 class Rows(dict):
     """Everything measured, and in `path`, if there is one, for the next start."""
 
-    def __init__(self, path):
+    def __init__(self, path, rows):
         self.path = path
-        for row in read_rows(path) if path else ():
+        for row in rows:
             self.add(row)
 
     def add(self, row):
@@ -367,7 +364,7 @@ class Rows(dict):
 def main():
     """Measure what is missing, print and write the tables."""
     args = parse_command_line()
-    rows = Rows(args.output and Path(args.output, "step.jsonl"))
+    rows = args.rows
     try:
         compared = ("transformers", "trl", "trl:per_device_train_batch_size=2")[: 2 if args.quick else 3]
         if "trl" in args.engines and sum("loss" in row for row in rows.values()) < len(compared) * len(FIXED):
@@ -379,8 +376,8 @@ def main():
     lines = report(list(rows.values()), " ".join(["python bench/step.py", *sys.argv[1:]]))
     print("\n".join(lines))
     if args.output:
-        from lab_report import write
-        write(Path(args.output, "performance.md"), lines)
+        from output import write
+        write(rows.path.with_name("performance.md"), lines)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "bench"))
 import lab
 import lab_report
+import output
 from judge import Judge, score
 from policy import prompt_ids
 from scaffold import scaffold_messages
@@ -69,7 +70,7 @@ def test_the_whole_lab_and_its_continuation(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "base_model", lambda rate, cache: lab.make_model(lab.make_tokenizer(), rate, steps=5)
                         .save_pretrained(tmp_path / f"base_{rate}"))
     lab.base_model(0.005, tmp_path)
-    kept, results = tmp_path / "lab.jsonl", {}
+    results = {}
     for seed in range(2):
         for arm in (lab.RUSCARL, lab.PLAIN):
             results[lab.key_of(arm, seed, 2)] = lab.train_arm(arm, seed, tmp_path / "base_0.005", 2)
@@ -81,11 +82,11 @@ def test_the_whole_lab_and_its_continuation(tmp_path, monkeypatch):
     for draw in (lab_report.draw_arms, lab_report.draw_curves):
         draw(arms, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    lab_report.write(tmp_path / "report.md", ["# Title", "old", lab_report.READING, "by hand"])
-    lab_report.write(tmp_path / "report.md", ["# Title", "new"])
+    output.write(tmp_path / "report.md", ["# Title", "old", output.READING, "by hand"])
+    output.write(tmp_path / "report.md", ["# Title", "new"])
     assert (tmp_path / "report.md").read_text().split() == ["#", "Title", "new", "##", "Reading", "by", "hand"]
-    kept.write_text("".join(lab.json.dumps({"key": key, **row}) + "\n" for key, row in results.items()))
-    found = lab.run_all(lab.QUICK, 2, 2, kept, tmp_path, 1)  # everything is there: nothing is run
+    rows = [{"key": key, **row} for key, row in results.items()]
+    found = lab.run_all(lab.QUICK, 2, 2, tmp_path / "lab.jsonl", rows, tmp_path, 1)  # everything is there: nothing is run
     assert {key: found[key]["end"] for key in results} == {key: row["end"] for key, row in results.items()}
 
 

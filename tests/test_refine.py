@@ -410,7 +410,8 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": [1]}', "responses:"),
         ([*first, "--responses", texts], "{", "line 1: unreadable JSON"),
         ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
-        ([*first, "--responses", tmp_path / "nosuch"], "", "nosuch"),
+        ([*first, "--responses", tmp_path / "nosuch"], "", "no such file"),
+        ([*first, "--responses", tmp_path], "", "not a file"),
         ([*first, "--sample-from", "http://127.0.0.1:9/v1"], "", "--sample-from: no server answers"),
         ([*first, "--sample-from", tmp_path / "nosuch"], "", "cannot load model"),
     ]):

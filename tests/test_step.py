@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, command
 
 sys.path.append(str(ROOT / "bench"))
+import output
 import step
 
 WORK = step.Work("short", 60, 64, 8, 2, "float32")
@@ -31,13 +32,13 @@ def test_only_rounds_done_in_turn_are_compared():
 
 
 def test_what_is_written_down_is_gone_on_from(tmp_path, capsys):
-    path = tmp_path / "new" / "step.jsonl"
-    rows = step.Rows(path)
+    path, parser = tmp_path / "new" / "step.jsonl", step.argparse.ArgumentParser()
+    rows = step.Rows(*output.earlier(parser, path.parent, path.name))
     rows.keep(row("trl", 0, 5, 5))
     rows.keep(row("trl", 0, 6, 6))
     with path.open("a") as file:
         file.write(json.dumps(row("trl", 1, 7, 7))[:50])  # torn by a kill
-    again = step.Rows(path)
+    again = step.Rows(*output.earlier(parser, path.parent, path.name))
     assert [r["sample"] for r in again.values()] == [6]
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -46,7 +47,9 @@ def test_what_is_written_down_is_gone_on_from(tmp_path, capsys):
     (["--engines", "verl"], "verl: it is transformers, vllm, trl or trl:key=value"),
     (["--engines", "vllm:x=1"], "vllm:x=1: it is transformers"),
     (["--engines", "trl:x", "--trl-python", sys.executable], "trl:x: a setting is key=value"),
-    (["--engines", "trl"], "needs --trl-python"),
+    (["--engines", "trl:=3", "--trl-python", sys.executable], "trl:=3: a setting is key=value"),
+    (["--engines", "trl"], "needs --trl-python"), (["--trl-python", "/"], "no such interpreter"),
+    (["--output", sys.executable], "cannot write there"),
     (["--trl-python", "nosuch/python"], "nosuch/python: no such interpreter"),
     (["--groups", "1"], "--groups at least 2"),
     (["--rounds", "0"], "--rounds must be at least 1"),

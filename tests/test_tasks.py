@@ -56,7 +56,9 @@ def criterion(**changes):
 
 @pytest.mark.parametrize(("record", "message"), [
     ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
-    (changed(prompt=[]), "prompt: no messages"), (changed(prompt=None), "prompt: no messages"),
+    (changed(prompt=[]), r"prompt: must be a list of at least one message, got \[\]"),
+    (changed(prompt=None), "at least one message, got None"), ('{"prompt": [', "it ends too early; a record has to be on one"),
+    ('{"prompt": x}', "unreadable JSON: Expecting value at column 12"),
     (changed(prompt=[{"role": "assistant", "content": "Hi"}]), "last message is from the assistant"),
     (changed(prompt=[{"role": "doctor", "content": "Hi"}]), r"prompt\[0\].role"),
     (changed(prompt=[{"role": "user", "content": " "}]), r"prompt\[0\].content"),
@@ -69,6 +71,8 @@ def criterion(**changes):
     (criterion(tags="axis:y"), "tags: must be a list"), (changed(prompt="Hello?"), "must be a list"),
     (criterion(points=10**400), "up to a million"), (criterion(criterion="\udc00"), "surrogate"),
     ('{"prompt_id": "x", "prompt_id": "y"}', "'prompt_id' stands twice"),
+    (criterion(tags=["function:min_words"]), r"rubrics\[0\].tags: a function: tag without verifier:rule"),
+    (criterion(tags=["verifier:rule", "function:min_words", 'parameters:{"limit": 4, "limit": 3}']), "'limit' stands twice"),
     (criterion(tags=["verifier:rule", "function:nosuch"]), r"rubrics\[0\].tags: unknown rule 'nosuch'"),
     (changed(prompt_id=7), "prompt_id: must be"), (changed(example_tags="x"), "example_tags: must be"),
     (changed(prompt_id="\x1b[2J"), "prompt_id: must not have control characters"),

@@ -1,0 +1,59 @@
+"""Files that a kill, or a hand, has damaged."""
+
+import json
+
+import pytest
+
+import config
+import runs
+
+
+@pytest.mark.parametrize(("content", "mended", "said"), [
+    (b'{"a": 1}\n{"b": 2', b'{"a": 1}\n', "cut off"),  # torn by a kill
+    (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n{"b": 2}\n', ""),  # written by hand, without a last line break
+    (b"PK\3\4", b"PK\3\4", ""), (b'{"a": 1}\n', b'{"a": 1}\n', ""), (b"", b"", ""),
+])
+def test_only_a_torn_line_is_removed(tmp_path, capsys, content, mended, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    runs.whole_lines(path)
+    assert path.read_bytes() == mended
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["[1]", "garbage", "7", '"step"', "\x00"])
+def test_other_rows_are_told_with_their_line(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"b": 2}}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not a JSON object"):
+        runs.read_rows(path)
+
+
+def test_a_row_without_its_step(tmp_path):
+    run = runs.Run(config.Config(runs=str(tmp_path), name="new"), "digest")
+    run.folder.mkdir()
+    run.metrics.write_text('{"step": 0}\n{"stop": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: step: must be a whole number, got None"):
+        run.rows()
+
+
+@pytest.mark.parametrize(("saved", "message"), [
+    ({"steps": "abc"}, "config.json of damaged: steps: must be int, got 'abc'"), ({"steps": 3.5}, "steps: must be int"),
+    ({"decay": "foo"}, "decay: must be one of sigmoid"), ({"sampler": "x"}, "sampler: must be one of auto, vllm"),
+    ({"tasks": 7}, "tasks: must be str"), ({"lr": True}, "lr: must be float"), ({"resume": 1}, "resume: must be bool"),
+    ({"nosuch": 1}, "unknown settings: nosuch"), ([], "must be a JSON object"), ({"steps": -1}, "--steps must be above 0"),
+])
+def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(SystemExit) as stop:
+        config.parse_command_line(["--runs", str(tmp_path), "--resume"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "[1]", "{"])
+def test_damaged_settings_are_told(tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"settings.json: (must be a|unreadable) JSON"):
+        runs.claim(tmp_path, {"samples": 2}, "samples.jsonl")
