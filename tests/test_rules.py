@@ -75,7 +75,8 @@ def test_tags_without_a_rule_are_no_rule():
 @pytest.mark.parametrize(("tags", "message"), [
     (["verifier:rule"], "unknown rule ''"),
     (["verifier:rule", "function:mention"], "unknown rule 'mention'"), (["verifier:Rule", "function:x"], "verifier must be"),
-    (["function:max_words"], "a function: tag without verifier:rule"), (["verifier:rule", "function:a", "function:b"], "two function"),
+    (["function:max_words"], "a function: tag without verifier:rule"),
+    (["verifier:rule", "function:a", "function:b"], "two function"),
     (["verifier:rule", "function:ends_with", 'parameters:{"words": ["!"]}'], "punctuation"),
     (["verifier:rule", "function:regex"], "regex needs the parameter pattern"),
     (["verifier:rule", "function:max_words", "parameters:{"], "not JSON"),

@@ -57,7 +57,8 @@ def criterion(**changes):
 @pytest.mark.parametrize(("record", "message"), [
     ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
     (changed(prompt=[]), r"prompt: must be a list of at least one message, got \[\]"),
-    (changed(prompt=None), "at least one message, got None"), ('{"prompt": [', "it ends too early; a record has to be on one"),
+    (changed(prompt=None), "at least one message, got None"),
+    ('{"prompt": [', "it ends too early; a record has to be on one"),
     ('{"prompt": x}', "unreadable JSON: Expecting value at column 12"),
     (changed(prompt=[{"role": "assistant", "content": "Hi"}]), "last message is from the assistant"),
     (changed(prompt=[{"role": "doctor", "content": "Hi"}]), r"prompt\[0\].role"),
