@@ -1,8 +1,11 @@
 """Where models come from and what is written back."""
 
+import ctypes
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -10,7 +13,34 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policy
+from conftest import ROOT
 from policy import default_model_folder, load_policy, multiply_with_onednn, prompt_ids, save_policy, stop_ids
+
+# Bytes that stay allocated after products of 400 numbers of rows, in a process of its own.
+KERNELS = """
+import ctypes
+import torch
+from policy import multiply_with_onednn
+
+multiply_with_onednn()
+libc = ctypes.CDLL(None)
+fields = [(f"count{i}", ctypes.c_size_t) for i in range(10)]
+libc.mallinfo2.restype = type("Counts", (ctypes.Structure,), {"_fields_": fields})
+weights, used = torch.randn(256, 512), []
+for first in (1, 401):
+    for rows in range(first, first + 400):
+        torch.randn(rows, 256) @ weights
+        torch.randn(rows, 256).bfloat16() @ weights.bfloat16()
+    used.append(libc.mallinfo2().count7)
+print(used[1] - used[0])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_kernels_for_every_number_of_rows_are_not_kept():
+    done = subprocess.run([sys.executable, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20e6  # 220 MB without the limit
 
 
 def test_products_of_float32_stay_exact(float32_products):
