@@ -298,7 +298,8 @@ def parse_command_line():
     from output import earlier  # TRL's environment, which reads this file too, need not have what that needs
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="interpreter of an environment with bench/requirements.txt")
-    parser.add_argument("--quick", action="store_true", help="only 8 samples of the short case in float32, 3 rounds")
+    parser.add_argument("--quick", action="store_true", help="only 8 samples of the short case in float32, 3 rounds, "
+                        "without vllm")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="default: all")
     parser.add_argument("--groups", nargs="+", type=int, help="G; default: 8 16")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both")
@@ -326,7 +327,8 @@ def parse_command_line():
         parser.error("--engines trl needs --trl-python")
     else:
         print("TRL is left out: no --trl-python", file=sys.stderr)
-    args.engines = list(dict.fromkeys(args.engines or ["transformers"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
+    args.engines = list(dict.fromkeys(args.engines or ["transformers"]
+                                      + ["vllm"] * (not args.quick and bool(importlib.util.find_spec("vllm")))
                                       + ["trl"] * bool(args.trl_python)))
     try:
         args.rows = Rows(*earlier(parser, args.output, "step.jsonl"))
