@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from answers import Setup, make_sampler
 from chat import ChatClient, ChatError
-from policy import load_config, load_policy, multiply_with_onednn, policy_folder, prompt_ids
+from policy import load_config, load_policy, policy_folder, prompt_ids
 from prepare import check_context, choose_device, choose_sampler, computing_dtype, say
 from rules import shown
 from runs import whole_lines
@@ -144,7 +144,6 @@ def sample_from_model(config, source, tokenizer, tasks, kept):
     """`gather` from a model on this machine. A response's seed is its address (seed, "refine", source, task, sample)."""
     device = choose_device(config)
     setup = Setup(device, computing_dtype(config, device), choose_sampler(config, device)[0], client=None, second=None)
-    multiply_with_onednn()
     policy, _ = load_policy(policy_folder(source))
     sampler = make_sampler(config, policy, tokenizer, None, setup)
     params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)

@@ -148,11 +148,11 @@ def main():
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     path, known = earlier(parser, args.output, "growth.jsonl")
+    known = [row for row in known if len(row.get("seconds", [])) == args.rounds]
     found = {name: [] for name in POINTS}
     points = [{"experiment": name, **point} for name, points in POINTS.items() for point in points]
     for point in tqdm(points, "points", disable=None):
-        row = next((row for row in known if {**point, "rounds": args.rounds}.items() <=
-                    {**row, "rounds": len(row.get("seconds", []))}.items()), None)
+        row = next((row for row in known if point.items() <= row.items()), None)
         if row is None:
             row = {**point, **run(point, args.rounds), "date": str(date.today())}
             print(json.dumps(row), flush=True)
