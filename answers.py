@@ -19,12 +19,12 @@ from transformers import AutoModel, AutoTokenizer
 from urllib3.util import Retry
 
 import grpo
-from chat import ChatClient
 from judge import Judge, score
-from policy import multiply_with_onednn, named_weights, stop_ids, why_refused
-from prepare import first_unruled, make_judge
+from plumbing.chat import ChatClient
+from plumbing.policy import multiply_with_onednn, named_weights, stop_ids, why_refused
+from plumbing.prepare import first_unruled, make_judge
+from plumbing.runs import whole_lines
 from rollouts import make_rollouts, sample_and_judge
-from runs import whole_lines
 from sampler import SamplingParams, TransformersSampler
 from vllm_sampler import VLLMSampler
 

@@ -17,8 +17,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Parser, add_flags, check, check_saved, check_urls, find_judge, flag, paper_preset, setting
-from runs import claim, saved_config
+from plumbing.config import (
+    Config,
+    Parser,
+    add_flags,
+    check,
+    check_saved,
+    check_urls,
+    find_judge,
+    flag,
+    paper_preset,
+    setting,
+)
+from plumbing.runs import claim, saved_config
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
@@ -126,14 +137,12 @@ import hashlib
 import numpy
 import torch
 
-import figures
-import measures
 from answers import Samples, Setup, complete, load_embedding, response_statistics
-from chat import ChatClient
-from config import judge_extra
 from judge import ChatJudge
-from policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
-from prepare import (
+from plumbing.chat import ChatClient
+from plumbing.config import judge_extra
+from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
+from plumbing.prepare import (
     check_context,
     check_judge,
     choose_device,
@@ -145,6 +154,7 @@ from prepare import (
     say,
 )
 from tasks import load_tasks, split_tasks
+from tools import figures, measures
 
 
 def evaluate(config):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-import ranks
-from logits import TargetLogprobs
-from packs import ATTENTION, IDLE, in_turns, make_packs
+from plumbing import ranks
+from plumbing.logits import TargetLogprobs
+from plumbing.packs import ATTENTION, IDLE, in_turns, make_packs
 
 CHUNK = 256  # response tokens whose logits exist at a time
 

@@ -14,8 +14,8 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
-from chat import ChatError, json_object
-from rules import rule_from_tags
+from plumbing.chat import ChatError, json_object
+from plumbing.rules import rule_from_tags
 
 VERDICT_SCHEMA = {  # without maxLength a small judge rambles until it is cut off, and the verdict never comes
     "type": "object",

@@ -3,9 +3,9 @@
 import json
 from collections import Counter
 
-from prepare import say
+from plumbing.prepare import say
+from plumbing.runs import whole_lines, write_whole
 from refine_config import price
-from runs import whole_lines, write_whole
 from tasks import read_jsonl
 
 

@@ -29,18 +29,18 @@ from itertools import combinations
 
 from tqdm import tqdm
 
-from chat import ChatClient, ChatError
 from judge import score
-from prepare import first_unruled
+from plumbing.chat import ChatClient, ChatError
+from plumbing.prepare import first_unruled
+from plumbing.runs import claim, write_whole
 from progress import Progress, report, unfinished
-from proposer import ChatProposer, RuleProposer, Verifier, rule_library
 from refine_config import MAY_CHANGE, SHARED, Refinement, extra
 from responses import Responses, gather, open_sources, read_responses
-from runs import claim, write_whole
 from sampler import address_seed
 from tail import tail_kl as tail_kl
 from tail import tail_win_rate as tail_win_rate
 from tasks import load_tasks
+from tools.proposer import ChatProposer, RuleProposer, Verifier, rule_library
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Config, Parser, add_flags, check, check_urls, flag, setting
+from plumbing.config import Config, Parser, add_flags, check, check_urls, flag, setting
 
 # Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
 SHARED = ("seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "sampler", "judge_concurrency",

@@ -11,11 +11,11 @@ from concurrent.futures import as_completed
 from tqdm import tqdm
 
 from answers import Setup, make_sampler
-from chat import ChatClient, ChatError
-from policy import load_config, load_policy, policy_folder, prompt_ids
-from prepare import check_context, choose_device, choose_sampler, computing_dtype, say
-from rules import shown
-from runs import whole_lines
+from plumbing.chat import ChatClient, ChatError
+from plumbing.policy import load_config, load_policy, policy_folder, prompt_ids
+from plumbing.prepare import check_context, choose_device, choose_sampler, computing_dtype, say
+from plumbing.rules import shown
+from plumbing.runs import whole_lines
 from sampler import SamplingParams, address_seed
 from tasks import read_jsonl
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy
 
-import ranks
 from judge import score
-from policy import prompt_ids
+from plumbing import ranks
+from plumbing.policy import prompt_ids
 from sampler import address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Task

@@ -14,7 +14,7 @@ what needed prompting becomes habit.
 
 import sys
 
-from config import Config, parse_command_line
+from plumbing.config import Config, parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     ACTION, COMMAND_LINE = parse_command_line()
@@ -33,15 +33,14 @@ import torch
 from tqdm import tqdm
 
 import grpo
-import ranks
-import report
-from calibrate import calibrate_judge
-from plan import print_plan
-from policy import named_weights, prompt_ids, save_policy
-from prepare import choose_device, say, set_up
+from plumbing import ranks, terminal
+from plumbing.policy import named_weights, prompt_ids, save_policy
+from plumbing.prepare import choose_device, say, set_up
 from rollouts import make_rollouts, pass_rates, rollout_metrics, sample_and_judge
 from sampler import SamplingParams, address_seed
 from scaffold import scaffold_ratios
+from tools.checks import calibrate_judge
+from tools.plan import print_plan
 
 
 class Stopped(RuntimeError):
@@ -86,7 +85,7 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
                 bar.set_description("saving")
                 run.save_checkpoint(policy, optimizer)
             if ranks.leader():
-                report.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
+                terminal.step_line(bar, row, rollouts, show_sample=step % config.eval_every == 0)
         scores = evaluate(config, config.steps, sampler, judge, tokenizer, held_out, params, run, bar)
         run.log({"step": config.steps, **scores})
 
@@ -286,7 +285,7 @@ def train_and_save(config, parts):
     save_policy(policy, parts["tokenizer"], run.folder / "policy")
     if ranks.leader():
         run.draw_curves()
-        report.summary(run, config)
+        terminal.summary(run, config)
     return 0
 
 

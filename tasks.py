@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rules import rule_from_tags, shown, unique_keys
+from plumbing.rules import rule_from_tags, shown, unique_keys
 
 BUNDLED = Path(__file__).parent / "rubrics"
 HEALTHBENCH_URL = "https://openaipublic.blob.core.windows.net/simple-evals/healthbench/2025-05-07-06-14-12_oss_eval.jsonl"

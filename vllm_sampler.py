@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-import ranks
+from plumbing import ranks
 from sampler import Response, SamplingParams
 
 MAX_NUM_SEQS = 256  # sequences in flight

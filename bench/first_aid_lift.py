@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import Judge, score
-from policy import cpu_dtype, load_policy, prompt_ids, stop_ids
+from plumbing.policy import cpu_dtype, load_policy, prompt_ids, stop_ids
 from sampler import SamplingParams, TransformersSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import load_tasks

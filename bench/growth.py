@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 from output import earlier, write
-from policy import keep_freed_memory, multiply_with_onednn
+from plumbing.policy import keep_freed_memory, multiply_with_onednn
 from step import days, machine, memory, spread
 
 USUAL = {"vocab": 49152, "width": 576, "layers": 30,  # SmolLM2-135M's

@@ -35,11 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lab_report
 import ruscarl
-from config import Config
 from judge import Judge
 from output import earlier, write
-from policy import prompt_ids
-from runs import Run
+from plumbing.config import Config
+from plumbing.policy import prompt_ids
+from plumbing.runs import Run
 from sampler import TransformersSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, Task, split_tasks

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy
 from tqdm import tqdm
 
-from chat import ChatClient
 from judge import ChatJudge, Judge
-from policy import cpu_dtype, load_policy, named_weights, stop_ids
+from plumbing.chat import ChatClient
+from plumbing.policy import cpu_dtype, load_policy, named_weights, stop_ids
 from rollouts import make_rollouts, sample_and_judge
 from sampler import SamplingParams
 from tasks import load_tasks

@@ -32,13 +32,13 @@ import lab
 from judge import Judge, score
 from lab_report import interval, plus_minus
 from output import write
-from policy import prompt_ids
-from proposer import RuleProposer, Verifier
+from plumbing.policy import prompt_ids
+from plumbing.rules import rule_from_tags
 from refine import refine_task, tail_kl, tail_win_rate
-from rules import rule_from_tags
 from sampler import SamplingParams, TransformersSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, split_tasks
+from tools.proposer import RuleProposer, Verifier
 
 BASE_RATE, STEPS, POOL = 0.03, 100, 16
 ARMS = ("truncated", "good pairs", "great and diverse pairs", "gold")

@@ -19,7 +19,7 @@ import numpy
 import torch
 from transformers import GenerationConfig
 
-from policy import cpu_dtype, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
+from plumbing.policy import cpu_dtype, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from rollouts import make_rollouts
 from sampler import SamplingParams, TransformersSampler
 from scaffold import group_ratios

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from lab import ROOT
 from lab_report import plus_minus
 from output import write
-from policy import default_model_folder
+from plumbing.policy import default_model_folder
 
 ARMS = {"RuscaRL": ([], "-", "o", "black"), "plain rubric GRPO": (["--decay", "none"], "--", "s", "0.55")}
 

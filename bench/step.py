@@ -113,7 +113,7 @@ def spread(values, digits):
 
 def make_tasks(tokenizer, work):
     """First-aid tasks; other questions follow each question, until the prompt has prompt_tokens (a few less)."""
-    from policy import prompt_ids
+    from plumbing.policy import prompt_ids
     from tasks import load_tasks
 
     def messages(n):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import grpo
 from judge import Judge
-from policy import checkpoint_gradients, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
+from plumbing.policy import checkpoint_gradients, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from rollouts import make_rollouts, sample_and_judge
 from ruscarl import set_advantages
 from sampler import SamplingParams, TransformersSampler, address_seed

@@ -18,8 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import pad
 
 from judge import score
-from policy import keep_freed_memory, load_policy, multiply_with_onednn
-from rules import rule_from_tags
+from plumbing.policy import keep_freed_memory, load_policy, multiply_with_onednn
+from plumbing.rules import rule_from_tags
 from step import FIXED, LR, MICRO_BATCH, TEMPERATURE, Pipe, Work, make_tasks
 
 

@@ -5,8 +5,8 @@ import json
 import numpy
 import pytest
 
-from calibrate import balanced_f1, interval, known_cases
 from conftest import RUN, command, completion
+from tools.checks import balanced_f1, interval, known_cases
 
 
 def test_balanced_f1_by_hand():

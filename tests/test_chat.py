@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from chat import ChatClient, ChatError
 from conftest import Server, completion
 from judge import VERDICT_SCHEMA, parse_verdict
+from plumbing.chat import ChatClient, ChatError
 
 GOOD = completion('{"explanation": "x", "criteria_met": true}')
 ASK = [{"role": "user", "content": "?"}]

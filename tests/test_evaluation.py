@@ -14,7 +14,8 @@ import torch
 import evaluation
 from answers import Samples, load_embedding, response_statistics
 from conftest import RUN, Server, command, completion, needs_vllm, read, refused, tiny_model, tiny_tokenizer, write_tasks
-from measures import (
+from tasks import Criterion, Task
+from tools.measures import (
     agreement,
     best_of_n,
     cosine_distance,
@@ -25,7 +26,6 @@ from measures import (
     self_bleu,
     tag_scores,
 )
-from tasks import Criterion, Task
 
 NAN = float("nan")
 EVALUATE = "evaluation.py"

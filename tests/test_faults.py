@@ -15,12 +15,12 @@ import time
 import pytest
 import torch
 
-import checkpoints
 import ruscarl
-from config import Config
 from conftest import ROOT, RUN, Server, Terminal, command, completion, flags_in, read, rows, tiny_model, write_tasks
 from judge import Judge
-from runs import Run
+from plumbing import checkpoints
+from plumbing.config import Config
+from plumbing.runs import Run
 from sampler import TransformersSampler
 from tasks import load_tasks, split_tasks
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
 import grpo
 from conftest import tiny_model, tiny_tokenizer
 from grpo import LossParams, Sample, group_advantages, kl_k3, make_packs, policy_loss, response_logprobs
-from packs import packed_attention
-from policy import checkpoint_gradients, load_policy, named_weights, save_policy, shard
+from plumbing import checkpoints
+from plumbing.packs import packed_attention
+from plumbing.policy import checkpoint_gradients, load_policy, named_weights, save_policy, shard
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "grpo.json").read_text())
 

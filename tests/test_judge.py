@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from chat import ChatClient
 from conftest import completion
 from judge import ChatJudge, Judge, SelfJudge, judge_messages, parse_verdict, score
+from plumbing.chat import ChatClient
 from sampler import Response
 from tasks import Criterion, Task
 

@@ -12,7 +12,7 @@ import lab
 import lab_report
 import output
 from judge import Judge, score
-from policy import prompt_ids
+from plumbing.policy import prompt_ids
 from scaffold import scaffold_messages
 
 

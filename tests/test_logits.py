@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from conftest import ROOT
-from logits import TargetLogprobs
+from plumbing.logits import TargetLogprobs
 
 # Peak of a forward and backward pass above what was there before, in a process of its own; and again with more tokens.
 MEASURE = """
 import ctypes, sys
 from pathlib import Path
 import torch
-from logits import TargetLogprobs
-from policy import keep_freed_memory
+from plumbing.logits import TargetLogprobs
+from plumbing.policy import keep_freed_memory
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if name in line)

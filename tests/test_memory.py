@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-import memory
-from config import _new
 from conftest import ROOT, RUN, command, needs_vllm
+from plumbing.config import _new
+from tools import memory
 
 SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1"]
 # Peak of a command, by its own child's accounting.

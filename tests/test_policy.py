@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import policy
 from conftest import ROOT
-from policy import default_model_folder, load_policy, multiply_with_onednn, prompt_ids, save_policy, stop_ids
+from plumbing import policy
+from plumbing.policy import default_model_folder, load_policy, multiply_with_onednn, prompt_ids, save_policy, stop_ids
 
 # Bytes that stay allocated after products of 400 numbers of rows, in a process of its own.
 KERNELS = """
 import ctypes
 import torch
-from policy import multiply_with_onednn
+from plumbing.policy import multiply_with_onednn
 
 multiply_with_onednn()
 libc = ctypes.CDLL(None)

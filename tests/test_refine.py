@@ -11,10 +11,12 @@ import time
 import pytest
 
 import refine
-from chat import ChatClient, ChatError
 from conftest import ROOT, RUN, command, completion, read, refused
+from plumbing.chat import ChatClient, ChatError
 from progress import Progress
-from proposer import (
+from refine import best_two, refine_task, reversed_share
+from tasks import Criterion, Task, load_tasks
+from tools.proposer import (
     ChatProposer,
     RuleProposer,
     Verifier,
@@ -24,8 +26,6 @@ from proposer import (
     rule_library,
     verify_messages,
 )
-from refine import best_two, refine_task, reversed_share
-from tasks import Criterion, Task, load_tasks
 
 REFINE = "refine.py"
 TASK = Task("t", [{"role": "user", "content": "Q?"}], ())

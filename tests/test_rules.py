@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rules import RULES, rule_from_tags
+from plumbing.rules import RULES, rule_from_tags
 
 
 def rule(name, **parameters):

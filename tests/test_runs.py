@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-import config
-import runs
+from plumbing import config, runs
 
 
 @pytest.mark.parametrize(("content", "mended", "said"), [

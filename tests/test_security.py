@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import evaluation
-import memory
 import refine
-import rules
 import ruscarl
 from answers import load_embedding
-from chat import ChatClient
 from conftest import completion, read, tiny_model, write_tasks
 from judge import ChatJudge
-from policy import load_config, load_policy
-from report import side_by_side
+from plumbing import rules
+from plumbing.chat import ChatClient
+from plumbing.policy import load_config, load_policy
+from plumbing.terminal import side_by_side
 from tasks import Criterion, load_tasks
+from tools import memory
 
 SHORT = ["--max-new-tokens", "12", "--max-prompt-tokens", "1500", "--dtype", "float32", "--sampler", "transformers"]
 TRAINING = ["--steps", "1", "--group-size", "2", "--batch-size", "2", "--mini-batch-size", "2", "--held-out", "2",

@@ -12,10 +12,10 @@ import time
 import pytest
 import requests
 
-from chat import ChatClient, ChatError
 from conftest import ROOT, RUN, command, needs_vllm, read, write_tasks
 from judge import VERDICT_SCHEMA, ChatJudge, Judge, judge_messages, parse_verdict, score
-from policy import default_model_folder
+from plumbing.chat import ChatClient, ChatError
+from plumbing.policy import default_model_folder
 from tasks import Criterion, Task
 
 pytestmark = needs_vllm

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from policy import named_weights
+from plumbing.policy import named_weights
 from ruscarl import check_sync
 from sampler import TransformersSampler
 from tasks import Criterion, Task

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 import tasks
-from rules import rule_from_tags
+from plumbing.rules import rule_from_tags
 from tasks import load_tasks, split_tasks
 
 GOOD = {"prompt_id": "a", "prompt": [{"role": "user", "content": "Hello?"}], "example_tags": ["theme:x"],

@@ -74,7 +74,7 @@ def test_what_is_stored(name):
 @pytest.fixture(scope="module")
 def executed():
     """{name: Future of the notebook, run again}: two at a time, since most of them use one core."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = dict(os.environ)
 
     def execute(name):
         notebook = nbformat.read(FOLDER / name, as_version=4)

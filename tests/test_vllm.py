@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import grpo
 import vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
-from policy import load_policy, named_weights, prompt_ids, stop_ids
+from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from sampler import SamplingParams, TransformersSampler, filtered_logprobs
 from vllm_sampler import CPU_BLOCK, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 

@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-import checkpoints
 import grpo
-import ranks
-from policy import named_weights, shard
+from plumbing import checkpoints, ranks
+from plumbing.policy import named_weights, shard
 from test_grpo import make_samples, nudged, tiny_model
 
 

@@ -35,8 +35,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-import ranks
-from report import one_line
+from plumbing import ranks
+from plumbing.terminal import one_line
 
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
     logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-import ranks
+from plumbing import ranks
 
 FILE_BYTES = 2**27  # a file is put together in memory before it is written
 

@@ -13,8 +13,8 @@ import numpy
 from tqdm import tqdm
 
 from judge import ChatJudge
-from prepare import connect
-from rules import rule_from_tags
+from plumbing.prepare import connect
+from plumbing.rules import rule_from_tags
 from tasks import BUNDLED, load_tasks
 
 

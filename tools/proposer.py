@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from chat import ChatError, json_object
 from judge import ChatJudge, Judge
-from rules import normalize, rule_from_tags
+from plumbing.chat import ChatError, json_object
+from plumbing.rules import normalize, rule_from_tags
 from tasks import Criterion
 
 WEIGHTS = (1, 2, 3)

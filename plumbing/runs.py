@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import ranks
+from plumbing import ranks
 
 
 def saved_config(runs, name):
@@ -182,7 +182,7 @@ class Run:
 
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
-        from checkpoints import save
+        from plumbing.checkpoints import save
 
         if self._saved != self.steps_done:
             save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
@@ -194,7 +194,7 @@ class Run:
         0, and nothing restored, where the run was stopped before its first; the metrics that it had are then kept beside
         the new ones. Raises ValueError where there are some checkpoints, but none can be read.
         """
-        from checkpoints import load_newest
+        from plumbing.checkpoints import load_newest
 
         self.steps_done = step = load_newest(self.folder / "checkpoints", model, optimizer)
         self._saved = step or None

@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 import requests
 from tqdm import tqdm
 
-from report import one_line
+from plumbing.terminal import one_line
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
 

@@ -11,8 +11,8 @@ from functools import cache
 import numpy
 from sacrebleu.metrics import BLEU
 
-from calibrate import balanced_f1, interval
 from judge import score
+from tools.checks import balanced_f1, interval
 
 RULE_TAGS = ("verifier:", "function:", "parameters:")  # say how a criterion is checked, not what it is about
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from runs import saved_config
+from plumbing.runs import saved_config
 from scaffold import DECAYS, PATTERNS
 
 

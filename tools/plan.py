@@ -7,11 +7,10 @@ import numpy
 import torch
 from tqdm import tqdm
 
-import memory
-import ranks
 from judge import judge_messages
-from policy import load_config, prompt_ids
-from prepare import (
+from plumbing import ranks
+from plumbing.policy import load_config, prompt_ids
+from plumbing.prepare import (
     check_context,
     check_judge,
     choose_device,
@@ -20,9 +19,10 @@ from prepare import (
     drop_long,
     longest_prompts,
 )
-from rules import rule_from_tags
+from plumbing.rules import rule_from_tags
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
+from tools import memory
 
 # What is tried, in this order and together, when a run does not fit. Each costs more than the one before it.
 REMEDIES = (("--gradient-checkpointing", {"gradient_checkpointing": True}), ("--offload yes", {"offload": "yes"}),

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from report import one_line
+from plumbing.terminal import one_line
 
 JUDGES = ("judge", "judge2")
 

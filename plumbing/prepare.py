@@ -9,12 +9,11 @@ import sys
 import torch
 from tqdm import tqdm
 
-import memory
-import ranks
-from chat import ChatClient
-from config import judge_extra
 from judge import ChatJudge, Judge, SelfJudge
-from policy import (
+from plumbing import ranks
+from plumbing.chat import ChatClient
+from plumbing.config import judge_extra
+from plumbing.policy import (
     checkpoint_gradients,
     cpu_dtype,
     keep_freed_memory,
@@ -26,11 +25,12 @@ from policy import (
     shard,
     stop_ids,
 )
-from rules import rule_from_tags
-from runs import Run
+from plumbing.rules import rule_from_tags
+from plumbing.runs import Run
 from sampler import SamplingParams, TransformersSampler
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
+from tools import memory
 from vllm_sampler import VLLMSampler, vllm_obstacle
 
 JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that judges itself
