@@ -174,8 +174,8 @@ class Run:
         self.steps_done = step + 1
         self._skipped = self._skipped + 1 if row["skipped_steps"] else 0
         if self._skipped >= self.config.max_skipped:
-            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower --lr, "
-                          "or look at the last rollouts")
+            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower "
+                          "--lr, or look at the last rollouts")
         if self.steps_done % self.config.save_every == 0 or self.steps_done == self.config.steps:
             terminal.phase("saving")
             self.save_checkpoint(policy, optimizer)
