@@ -117,7 +117,7 @@ def refinement(pool, rubric, pair, proposer, max_reversed):
     before, after = pool.scores(rubric), pool.scores(new)
     first, second = (after[i] for i in pair)
     if first is None or second is None:
-        return new, "a verdict on the pair could not be had"
+        return new, "a verdict on the pair is unknown"
     if first == second:
         return new, "does not separate the pair"
     if better is not None and (first > second) != (better == 0):
@@ -213,7 +213,7 @@ class Decisions:
     def missing(self, task):
         """Why another start could do better on a task, such as a server that failed; None where it could not."""
         record = self.of.get(task.id, {"failure": self.errors.get(task.id, "not begun")})
-        return record["failure"] or (f"{record['unknown']} verdicts could not be had" if record["unknown"] else None)
+        return record["failure"] or (f"{record['unknown']} verdicts are unknown" if record["unknown"] else None)
 
     def usage(self):
         """{server: counts of all starts}, also written to usage.json."""

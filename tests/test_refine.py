@@ -104,7 +104,7 @@ def test_unknown_verdicts_are_not_no():
 
     proposer = Script((has("a"),), ([has("a"), has("b")], "ab"))
     rubric, log = refine_task(TASK, ["a", "ab"], proposer, Forgetful(), random.Random(0))
-    assert rubric == (has("a"),) and log["rounds"][0]["why"] == "a verdict on the pair could not be had"
+    assert rubric == (has("a"),) and log["rounds"][0]["why"] == "a verdict on the pair is unknown"
 
 
 def test_when_it_stops():
@@ -320,7 +320,7 @@ def test_a_worse_decision_does_not_replace_a_better_one(tmp_path):
     for change in ({"failure": "gone", "unknown": 0}, {"unknown": 5}, {"rounds": []}):
         decisions.add(TASK, (has("b"),), log | change)
     assert decisions.of["t"]["rubric"][0]["criterion"] == "a" and len(read(tmp_path / "progress.jsonl")) == 1
-    assert decisions.missing(TASK) == "1 verdicts could not be had"
+    assert decisions.missing(TASK) == "1 verdicts are unknown"
     decisions.add(TASK, (has("c"),), log | {"unknown": 0})
     again = Decisions(tmp_path, {})
     assert again.of["t"]["rubric"][0]["criterion"] == "c" and again.missing(TASK) is None

@@ -1,6 +1,6 @@
 """Who writes rubrics, and who checks responses against them (Chasing the Tail, arXiv 2509.21500).
 
-A proposer has two functions; both raise ChatError where no rubric could be had:
+A proposer has two functions; both raise ChatError where no usable rubric came:
 
     propose(task)                            -> a rubric, a tuple of Criterion, from the question alone
     refine(task, rubric, texts, verdicts)    -> (a rubric that tells two responses apart, the better one: 0, 1 or None)
@@ -169,7 +169,7 @@ class Verifier:
         self.client, self.rules = client, Judge()
 
     def verify(self, task, rubric, texts):
-        """[texts][criteria]: True, False, or None for a verdict that could not be had. Blocks; safe from many threads.
+        """[texts][criteria]: True, False, or None for an unknown verdict. Blocks; safe from many threads.
         Raises ValueError for a criterion without a rule where there is no client."""
         asked = [c for c in rubric if rule_from_tags(c.tags) is None]
         if asked and self.client is None:
