@@ -1,9 +1,8 @@
-"""Talking to OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
+"""Requests to OpenAI-compatible chat servers: several equivalent servers, many requests at a time, retries that end.
 
-Retried, with growing pauses: time-outs, 429 (its Retry-After is honoured), 5xx, and answers that the caller's parser
-refuses, which are asked for again with another temperature. Never retried: any other 4xx, which would fail again. A
-server that cannot be reached is waited for, so that it can be restarted under a run. What fails in the end raises
-ChatError.
+Repeated after growing pauses: time-outs, HTTP 429 (after its Retry-After), HTTP 5xx, and answers that the caller's parser
+refuses, which are asked for again at another temperature. Final: any other 4xx, which would fail again. While no server can
+be reached, requests wait, so that a server can be restarted under a run. A request that fails for good raises ChatError.
 """
 
 import json
@@ -14,7 +13,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import requests
 
@@ -22,6 +20,7 @@ from plumbing.rules import unique_keys
 from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
+REST = 5.0  # seconds for which a server that did not answer is avoided
 
 
 class ChatError(RuntimeError):
@@ -29,7 +28,7 @@ class ChatError(RuntimeError):
 
 
 class _Failed(Exception):
-    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
+    """A try that may succeed when repeated: after `pause` seconds at least, at this temperature."""
 
     def __init__(self, reason, pause=0.0, temperature=0.0):
         super().__init__(reason)
@@ -37,11 +36,8 @@ class _Failed(Exception):
 
 
 def json_object(text):
-    """(the JSON object that the first brace of an answer opens, the text after it). Raises ValueError where there is none.
-
-    What a model thought before a </think> is no answer. An object in which a key stands twice does not say which of the two
-    it means: it is refused, too.
-    """
+    """(the JSON object that the first brace of an answer opens, the text after the object). What a reasoning model writes
+    before </think> is no part of the answer. Raises ValueError where there is no object, or a key stands twice in it."""
     text = text.rsplit("</think>", 1)[-1]
     start = text.find("{")
     if start < 0:
@@ -57,7 +53,8 @@ def json_object(text):
 class Server:
     """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them.
 
-    urls: base URLs, comma-separated; model: "" for the only one that they serve; extra: a JSON object as text.
+    urls: base URLs, comma-separated; model: "" for the only one that is served; extra: a JSON object as text. Settings are
+    written down and shown: the key stands in the environment, in `key_variable`, and never in a URL.
     """
 
     name: str  # judge, proposer or verifier
@@ -65,29 +62,24 @@ class Server:
     model: str = ""
     extra: str = ""
 
-    @classmethod
-    def checked(cls, name, urls, model="", extra=""):
-        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense. Settings are
-        written down and shown: a key belongs in the environment, not in a URL."""
-        server = cls(name, urls, model, extra)
-        if not urls:
-            if model or extra:
-                raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
-                                 + (" (or $RUSCARL_JUDGE_URL)" if name == "judge" else ""))
-            return None
-        for url in urls.split(","):
-            if set(url) & set("@?#"):
-                raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
-                                 f"${server.key_variable}")
-            if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
-                raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
-        server.extra_fields()
-        return server
-
     @property
     def key_variable(self):
-        """The environment variable that holds the key, if there is one."""
+        """The environment variable that holds the API key, where there is one."""
         return "OPENAI_API_KEY" if self.name == "judge" else f"{self.name.upper()}_API_KEY"
+
+    def check(self):
+        """Raise ValueError, naming the flag, for settings that make no sense."""
+        for part in ("model", "extra"):
+            if getattr(self, part) and not self.urls:
+                raise ValueError(f"--{self.name}-{part} needs --{self.name}-url"
+                                 + (" (or $RUSCARL_JUDGE_URL)" if self.name == "judge" else ""))
+        for url in self.urls.split(",") if self.urls else ():
+            if set(url) & set("@?#"):
+                raise ValueError(f"--{self.name}-url: a base URL has no user, password or query in it; the key goes into "
+                                 f"${self.key_variable}")
+            if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
+                raise ValueError(f"--{self.name}-url: {url!r} is not http:// or https:// and a server")
+        self.extra_fields()
 
     def extra_fields(self):
         """`extra` as a dict. Raises ValueError where it is none."""
@@ -113,35 +105,28 @@ class Server:
 class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
-    base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
-    environment variable that holds the API key, if there is one. concurrency: requests at a time, over all servers.
-    timeout: seconds for one try. retries: tries after the first. patience: seconds for which no server may be reachable
-    before requests fail; such tries are not counted. extra: fields added to every request body. cut_off_is_an_answer:
-    whether a text that ended at the limit of tokens is one.
+    base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. concurrency:
+    requests at a time, over all servers. timeout: seconds for one try. retries: tries after the first. patience: seconds for
+    which no server may be reachable before requests fail; these tries are not counted. extra: fields of every request body.
     counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
-        self.base_urls = [url.rstrip("/") for url in base_urls]
-        self.model = model
-        self.key_variable = key_variable
-        self.timeout, self.retries, self.patience = timeout, retries, patience
-        self.max_tokens, self.first_pause = max_tokens, first_pause
-        self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
+        self.base_urls, self.model, self.key_variable = [url.rstrip("/") for url in base_urls], model, key_variable
+        self.timeout, self.retries, self.patience, self.first_pause = timeout, retries, patience, first_pause
+        self.fields = {"max_tokens": max_tokens, **(extra or {})}
         self.structured = True  # until a server refuses response_format
-        self.counts = Counter()
-        self.last_error = None
-        self._in_flight = Counter({url: 0 for url in self.base_urls})
-        self._rests_until = dict.fromkeys(self.base_urls, 0.0)  # a server that failed is avoided for a moment
-        self._down_since = {}  # servers that could not be reached when they were last tried
-        self._told = set()  # servers whose outage the user knows of
+        self.counts, self.last_error = Counter(), None
+        self._in_flight = Counter()
+        self._rests_until = dict.fromkeys(self.base_urls, 0.0)
+        self._outage_began, self._outage_told = None, False  # of all servers at once
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
 
     def check(self, timeout=5.0, hint="--judge-model"):
-        """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
+        """Ask every server for its models; take the only one where no model was named. hint: the flag that names one.
 
         Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
         """
@@ -166,7 +151,7 @@ class ChatClient:
                 raise ValueError(f"{url} {problem}; it serves {self.quoted(', '.join(served[:10])) or 'none'} ({hint})")
 
     def close(self):
-        """Cancel what still waits in the pool; requests under way end by themselves."""
+        """Cancel the requests that still wait in the pool; requests under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, messages, *, parse=None, schema=None):
@@ -177,95 +162,18 @@ class ChatClient:
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
         parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
+        of the answer; sent as structured output while the servers take it, else left to the prompt.
         Raises ChatError when all tries failed or the server refuses the request.
         """
         start = time.monotonic()
         try:
             return self._until_answered(messages, parse, schema)
         except ChatError as error:
-            with self._lock:
-                self.counts["failures"] += 1
-                self.last_error = str(error)
+            self.last_error = str(error)
+            self._count(failures=1)
             raise
         finally:
-            with self._lock:
-                self.counts["calls"] += 1
-                self.counts["seconds"] += time.monotonic() - start
-
-    def _until_answered(self, messages, parse, schema):
-        tries, unreached, temperature = 0, 0, 0.0
-        while True:
-            pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-            url = self._acquire()
-            try:
-                return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
-                outage = self._outage(url)
-                if outage > self.patience:
-                    raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
-                                    f"{self.patience:.0f} s)") from None
-                unreached += 1
-                pause = min(pause, 5) if outage > 0 else 0  # 0: another server is up
-            except (requests.RequestException, _Failed) as error:
-                tries += 1
-                if tries > self.retries:
-                    reason = error if isinstance(error, _Failed) else type(error).__name__
-                    raise ChatError(f"{url}: {reason} (gave up after {tries} tries)") from None
-                if isinstance(error, _Failed):
-                    pause = max(pause, error.pause)
-                    temperature = error.temperature
-            finally:
-                with self._lock:
-                    self._in_flight[url] -= 1
-            time.sleep(pause)
-
-    def _try(self, url, messages, parse, schema, temperature):
-        """One request. Raises _Failed or RequestException for what may pass, ChatError for what will not."""
-        try:
-            answer = self._post(url, messages, schema, temperature)
-        except requests.Timeout:
-            self._rests_until[url] = time.monotonic() + 5
-            raise
-        except requests.RequestException:
-            raise
-        except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
-            raise ChatError(f"{url}: {self.quoted(str(error))}") from None
-        with self._lock:
-            self._down_since.pop(url, None)
-            self._told.discard(url)
-        if answer.status_code == 200:
-            try:
-                text = self._text(answer)
-                return text if parse is None else parse(text)
-            except ValueError as error:  # asked at temperature 0 again, it would answer the same
-                raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
-        if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
-        raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
-
-    def _outage(self, url):
-        """Note that `url` cannot be reached; seconds for which no server could be, 0 while another one is up."""
-        now = time.monotonic()
-        with self._lock:
-            self._rests_until[url] = now + 5
-            self._down_since.setdefault(url, now)
-            if len(self._down_since) < len(self.base_urls):
-                return 0.0
-            outage = now - max(self._down_since.values()) + 1e-9
-            if outage > 3 and url not in self._told:  # a refused connection or two is no outage
-                self._told.add(url)
-                say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
-            return outage
-
-    def _acquire(self):
-        """The server with the fewest requests in flight, resting ones last; counted in."""
-        now = time.monotonic()
-        with self._lock:
-            self.counts["tries"] += 1
-            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
-            self._in_flight[url] += 1
-        return url
+            self._count(calls=1, seconds=time.monotonic() - start)
 
     def usage(self):
         """A copy of the counts, as a dict."""
@@ -281,56 +189,124 @@ class ChatClient:
         key = os.environ.get(self.key_variable)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
+    def _count(self, **numbers):
+        with self._lock:
+            self.counts.update(numbers)
+
+    def _until_answered(self, messages, parse, schema):
+        tries, unreached, temperature = 0, 0, 0.0
+        while True:
+            pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
+            url = self._acquire()
+            try:
+                return self._try(url, messages, parse, schema, temperature)
+            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
+                outage = self._outage(url)
+                if outage > self.patience:
+                    raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
+                                    f"{self.patience:.0f} s)") from None
+                unreached += 1
+                pause = min(pause, REST) if outage > 0 else 0  # 0: another server can be asked
+            except (requests.RequestException, _Failed) as error:
+                tries += 1
+                if tries > self.retries:
+                    reason = error if isinstance(error, _Failed) else type(error).__name__
+                    raise ChatError(f"{url}: {reason} (gave up after {tries} tries)") from None
+                if isinstance(error, _Failed):
+                    pause, temperature = max(pause, error.pause), error.temperature
+            finally:
+                with self._lock:
+                    self._in_flight[url] -= 1
+            time.sleep(pause)
+
+    def _acquire(self):
+        """The server with the fewest requests in flight, resting servers last; this request is counted in."""
+        now = time.monotonic()
+        with self._lock:
+            self.counts["tries"] += 1
+            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
+            self._in_flight[url] += 1
+        return url
+
+    def _outage(self, url):
+        """Note that `url` cannot be reached; seconds for which no server has answered, 0 where another one can be asked."""
+        now = time.monotonic()
+        with self._lock:
+            self._rests_until[url] = now + REST
+            if min(self._rests_until.values()) <= now:
+                return 0.0
+            self._outage_began = self._outage_began or now
+            outage = now - self._outage_began + 1e-9
+            if outage > 3 and not self._outage_told:  # a refused connection or two is no outage
+                self._outage_told = True
+                say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
+            return outage
+
+    def _try(self, url, messages, parse, schema, temperature):
+        """One request. Raises _Failed or RequestException for what may pass, ChatError for what will not."""
+        try:
+            answer = self._post(url, messages, schema, temperature)
+        except requests.RequestException as error:
+            if isinstance(error, requests.Timeout):
+                self._rests_until[url] = time.monotonic() + REST
+            raise
+        except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
+            raise ChatError(f"{url}: {self.quoted(str(error))}") from None
+        with self._lock:
+            self._rests_until[url], self._outage_began, self._outage_told = 0.0, None, False
+        if answer.status_code == 200:
+            try:
+                text = self._text(answer)
+                return text if parse is None else parse(text)
+            except ValueError as error:  # asked at temperature 0 again, it would answer the same
+                raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+        raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
+
     def _post(self, url, messages, schema, temperature):
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
-        body = {"model": self.model, "messages": messages, "temperature": temperature,
-                "max_tokens": self.max_tokens, **self.extra}
+        body = {"model": self.model, "messages": messages, "temperature": temperature, **self.fields}
 
-        def send(extra):
-            return self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
+        def send(**more):
+            return self._local.session.post(f"{url}/chat/completions", json=body | more, headers=self._headers(),
                                             timeout=self.timeout)
 
         if schema is None or not self.structured:
-            return send({})
-        answer = send({"response_format": {"type": "json_schema",
-                                           "json_schema": {"name": "answer", "strict": True, "schema": schema}}})
+            return send()
+        answer = send(response_format={"type": "json_schema",
+                                       "json_schema": {"name": "answer", "strict": True, "schema": schema}})
         if answer.status_code in (400, 422):  # perhaps it is response_format that is refused: try without
-            plain = send({})
-            if plain.status_code == 200:
+            answer = send()
+            if answer.status_code == 200:
                 self.structured = False
-            return plain
         return answer
 
     def _text(self, answer):
+        """The text of a chat completion, whose tokens are counted. Raises ValueError for any other answer."""
         try:
             reply = answer.json()
-            choice = reply["choices"][0]
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"]["content"]
-            usage = reply.get("usage") or {}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError("not a chat completion") from None
-        with self._lock:
-            self.counts.update(tokens)
+        self._count(**tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError
-        if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
+        if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
 
 
 def _retry_after(answer):
-    """Seconds the server asks to wait, from a number or a date; 0 where it asks for nothing readable."""
-    value = answer.headers.get("Retry-After", "")
+    """Seconds that the server asks to wait; 0 where it names no number."""
     try:
-        return max(0.0, float(value))
+        return max(0.0, float(answer.headers.get("Retry-After", "")))
     except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
+        return 0.0
 
 
 def _message(answer):

@@ -93,7 +93,9 @@ class Config:
     def server(self, name):
         """The servers of --NAME-url (judge, proposer or verifier), or None where no URL is given. Raises ValueError, naming
         the flag, for settings that make no sense."""
-        return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
+        server = Server(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
+        server.check()
+        return server if server.urls else None
 
 
 # Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
