@@ -25,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from plumbing import terminal
+
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
                                 reason="vllm is not installed (README, Install)")
@@ -103,7 +105,8 @@ def here(capfd):
     def run(module, *arguments):
         try:
             parsed = module.parse_command_line([str(argument) for argument in arguments])
-            status = module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
+            parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+            status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
         except SystemExit as stop:
             status = stop.code
         return status, "".join(capfd.readouterr())
@@ -117,7 +120,8 @@ def refused(module, capsys, *arguments):
     """The one line with which the command of `module` refuses; in this process, which spares the imports."""
     try:
         parsed = module.parse_command_line([str(argument) for argument in arguments])
-        status = module.main(*parsed if isinstance(parsed, tuple) else [parsed])
+        parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+        status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
