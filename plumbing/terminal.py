@@ -1,4 +1,4 @@
-"""What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
+"""What the commands print: a progress bar and lines above it, a line for each step, the table at the end of a run, errors."""
 
 import json
 import os
@@ -6,18 +6,23 @@ import re
 import sys
 import textwrap
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from tqdm import tqdm
 
 from plumbing import ranks
 
-_bar = tqdm(disable=True)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # all but white space that moves the cursor on
+STEP = (("reward", "reward/mean", "+.3f", ""), ("plain", "reward/unscaffolded", "+.3f", ""),
+        ("scaffold", "scaffold/ratio", ".2f", ""), ("loss", "loss", "+.4f", ""), ("entropy", "entropy", ".2f", ""),
+        ("kl", "kl", ".4f", ""), ("length", "response/length", ".0f", ""), ("sampled", "time/sample", ".0f", " s"),
+        ("updated", "time/update", ".0f", " s"))  # of a step's line: label, metric, format, unit
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # but white space that only moves on
+_bar = tqdm(disable=True)
 
 
 def printable(text):
-    """`text` without what a terminal would obey instead of showing it, such as escape sequences."""
+    """`text` with U+FFFD for each character that a terminal would obey, such as the escape of a sequence."""
     return CONTROL.sub("\ufffd", text)
 
 
@@ -28,7 +33,7 @@ def one_line(text):
 
 @contextmanager
 def progress(total, done, unit):
-    """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it."""
+    """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it on."""
     global _bar
     with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=ranks.silent()) as _bar:
         yield
@@ -36,24 +41,24 @@ def progress(total, done, unit):
 
 
 def phase(text):
-    """Say on the progress bar, if there is one, what is being done just now."""
+    """Say on the progress bar, where there is one, what is being done."""
     _bar.set_description(text)
 
 
 def advance(by=1):
-    """Move the progress bar."""
+    """Move the progress bar on."""
     _bar.set_description("")
     _bar.update(by)
 
 
 def say(line):
-    """A line for the person in front, above any progress bar; once, however many ranks there are."""
+    """Print a line on stderr, above the progress bar; of all ranks, only the leader does."""
     if ranks.leader():
         tqdm.write(line, sys.stderr)
 
 
 def error(command, message):
-    """The one line that tells a mistake; of many ranks' equal mistakes only one is told."""
+    """Print the one line that tells a mistake of the user's."""
     ranks.complain(f"{command}: error: {one_line(str(message))}")
 
 
@@ -84,63 +89,49 @@ def run_command(command, main):
 
 
 def step_line(row, rollouts, show_sample):
-    """One line of the numbers that matter, and with show_sample the best response of the step."""
-    reward, plain = ("-" if row.get(key) is None else f"{row[key]:+.3f}" for key in ("reward/mean", "reward/unscaffolded"))
-    parts = [f"step {row['step']:3d}", f"reward {reward}", f"plain {plain}",
-             f"scaffold {row['scaffold/ratio']:.2f}", f"loss {row['loss']:+.4f}", f"entropy {row['entropy']:.2f}"]
-    if row.get("kl") is not None:
-        parts.append(f"kl {row['kl']:.4f}")
-    parts += [f"length {row['response/length']:.0f}", f"sampled {row['time/sample']:.0f} s",
-              f"updated {row['time/update']:.0f} s"]
+    """Print the numbers of a step that matter, in one line; with show_sample also the best response. Moves the bar on."""
+    parts = [f"step {row['step']:3d}", *(f"{label} {row[metric]:{form}}{unit}" for label, metric, form, unit in STEP
+                                         if row.get(metric) is not None)]
     if "eval/score" in row:
-        parts.append(f"held out {row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}")
+        parts.append(f"held out {_score(row)}")
     tqdm.write("  ".join(parts))
     advance()
-    judged = [r for r in rollouts if r.reward is not None]
-    if show_sample and judged:
-        best = max(judged, key=lambda r: r.reward)
+    best = max((r for r in rollouts if r.reward is not None), key=lambda r: r.reward, default=None)
+    if show_sample and best:
         shown = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
                  f"reward {best.reward:+.2f}) {best.text}\n")
         tqdm.write(textwrap.indent(printable(shown), "    | "))
 
 
 def summary(run, config):
-    """Before and after: score with its error, pass rates, and the same held-out question answered twice."""
+    """Print the held-out scores and pass rates before and after, and a held-out question answered before and after."""
     rows = [row for row in run.rows() if "eval/score" in row]
-    before, after = rows[0], rows[-1]
+    both = rows[0], rows[-1]
+    before, after = (row["eval/pass_rate"] for row in both)  # of criteria that many tasks have
     print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
-    print(f"{'':42s}{'before':>16s}{'after':>16s}")
-    for label, key in (("score", "eval/score"), ("length, tokens", "eval/length")):
-        cells = [f"{row[key]:+.3f} +- {row['eval/score_se']:.3f}" if key == "eval/score" else f"{row[key]:.0f}"
-                 for row in (before, after)]
+    lines = [("", "before", "after"), ("score", *map(_score, both)),
+             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in both)),
+             *((one_line(text)[:40], f"{share:.0%}", f"{after[text]:.0%}") for text, share in before.items() if text in after)]
+    for label, *cells in lines:
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
-    for text in sorted(before["eval/pass_rate"]):
-        if text in after["eval/pass_rate"]:
-            print(f"{one_line(text)[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'][text]:>16.0%}")
-    first, last = (_first_rollout(run, row["step"]) for row in (before, after))
+    texts = []
+    for when, row in zip(("before", "after"), both):
+        with open(run.folder / "rollouts" / f"eval_{row['step']:05d}.jsonl", encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        points = "not judged" if first["reward"] is None else f"reward {first['reward']:+.2f}"
+        texts.append(f"{when} ({points})\n\n{first['response']}")
     print(f"\n{printable(first['question'][:100])}\n")
-    side_by_side(f"before ({_points(first)})\n\n{first['response']}", f"after ({_points(last)})\n\n{last['response']}")
+    side_by_side(*texts)
     print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
 
 
-def _first_rollout(run, step):
-    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readline())
-
-
-def _points(record):
-    return "not judged" if record["reward"] is None else f"reward {record['reward']:+.2f}"
+def _score(row):
+    return f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}"
 
 
 def side_by_side(left, right, width=58):
-    """Print two texts as two columns."""
-    columns = []
-    for text in (left, right):
-        lines = []
-        for line in printable(text).splitlines():
-            lines += textwrap.wrap(line, width) or [""]
-        columns.append(lines[:40])
-    for i in range(max(map(len, columns))):
-        a, b = (column[i] if i < len(column) else "" for column in columns)
-        print(f"{a:{width}s}  |  {b}")
-
+    """Print two texts in two columns, 40 lines of each at most."""
+    columns = [[part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]][:40]
+               for text in (left, right)]
+    for one, other in zip_longest(*columns, fillvalue=""):
+        print(f"{one:{width}s}  |  {other}")
