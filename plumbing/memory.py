@@ -1,9 +1,8 @@
-"""How much memory a run takes, part by part, worked out without loading weights.
+"""How much memory a run takes, part by part, computed without loading weights.
 
-P parameters cost 16 bytes each while they are trained: float32 weights, gradients and two moments of Adam; those and the
-reference are divided among the ranks. Each rank's sampler with its key-value cache comes on top, and the activations of
-one pack, which are not estimated by formula: the update's own forward pass is run on tensors without data, and what
-autograd keeps is counted.
+A trained parameter takes 16 bytes: float32 weight, gradient and two moments of Adam. The ranks share these, and the
+reference model. Each rank adds its sampler with its key-value cache, and the activations of one pack, for which there is no
+formula: the update's own forward pass runs on tensors without data, and what autograd keeps is counted.
 """
 
 import math
@@ -18,14 +17,13 @@ from plumbing import packs
 from sampler import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
-# Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
+# Interpreter, torch and transformers, and what vllm adds: measured on a CPU. CUDA contexts and graphs: estimated.
 LIBRARIES = {"host": 0.8e9, "vllm": 0.7e9, "cuda": 1.5e9, "vllm on cuda": 3e9}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some bytes: where ("device": one GPU, or the machine where there is none; "host": the machine beside its GPUs) and
-    when they are there."""
+    """Some bytes, of one GPU or of a machine without one ("device"), or of a machine beside its GPUs ("host")."""
 
     name: str
     bytes: float
@@ -37,7 +35,7 @@ TIMES = ("loading", "sampling", "update")
 
 
 def ranks_of(config):
-    """(number of ranks, number of those on one machine): torchrun's, or those of --gpus."""
+    """(number of ranks, number of them on one machine): torchrun's, or --gpus."""
     if config.gpu_gb:
         return config.gpus, config.gpus
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -45,29 +43,29 @@ def ranks_of(config):
 
 
 def samples_at_once(config):
-    """Most samples that a rank draws at a time: its share of a step or of an evaluation."""
+    """The most responses that a rank samples at a time: its share of a step or of an evaluation."""
     samples = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
     return -(-samples // ranks_of(config)[0])
 
 
 def parameter_sizes(model_config):
-    """Number of elements of each parameter of the model, tied ones once."""
+    """Number of elements of each parameter, tied ones once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     return [parameter.numel() for parameter in model.parameters()]
 
 
 def pinned_bytes(sizes, ranks):
-    """Host memory of a rank's float32 share of parameters of these sizes: torch rounds a pinned block up to a power of 2."""
+    """Host memory of a rank's share of float32 parameters of `sizes` elements: torch pins blocks of powers of 2."""
     return sum(2 ** math.ceil(math.log2(4 * -(-size // ranks))) for size in sizes)
 
 
 def activation_bytes(model_config, question, responses, weights_dtype, autocast, checkpointing):
-    """(bytes kept between forward and backward, bytes of passing use) for a pack.
+    """(bytes kept from the forward to the backward pass, bytes of temporary buffers) of a pack.
 
-    question: its tokens; responses: (number, tokens of each); each of them keeps the question's keys and values once more.
-    weights_dtype: of the weights that compute; autocast: None, or the dtype they are cast to. checkpointing: only each
-    layer's input is kept, and one layer at a time is computed again.
+    question: its tokens; responses: (number, tokens of each); each keeps the question's keys and values once more.
+    weights_dtype: of the weights that compute; autocast: None, or the dtype that they are cast to. checkpointing: of each
+    layer only the input is kept, and one layer at a time is computed again.
     """
     kept = {}
 
@@ -93,8 +91,8 @@ def activation_bytes(model_config, question, responses, weights_dtype, autocast,
     if checkpointing:
         width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
-    # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
-    # and under autocast once more in halves, with the layer itself.
+    # A chunk's logits, their exponentials and their gradient; the gradient of the output layer before it is accumulated, and
+    # under autocast once more in half precision, with the layer itself.
     logits = (3 * packs.CHUNK + (1 if autocast is None else 2) * text.hidden_size) * text.vocab_size * 4
     return total, layer + logits
 
@@ -102,9 +100,9 @@ def activation_bytes(model_config, question, responses, weights_dtype, autocast,
 def parts(config, model_config, device, vllm, offload, dtype, question=None, prompt=None):
     """Parts of a run's memory: list of Part.
 
-    device: "cpu" or "cuda"; vllm: whether vLLM samples; offload: whether master weights, gradients and optimizer are held
-    by the host; dtype: what sampler and update compute in; question, prompt: tokens of the longest one in the update
-    and while sampling, where they are known to be fewer than --max-prompt-tokens.
+    device: "cpu" or "cuda"; vllm: whether vLLM samples; offload: whether the host holds master weights, gradients and
+    optimizer; dtype: what sampler and update compute in; question, prompt: tokens of the longest prompt in the update and
+    while sampling, where they are known.
     """
     sizes, gpu = parameter_sizes(model_config), device == "cuda"
     P = sum(sizes)
@@ -127,10 +125,10 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
                min(config.token_budget, question + config.group_size * config.max_new_tokens))
     responses = (config.group_size, -(-(pack - question) // config.group_size))  # all, however short: they take the most
-    kept, passing = activation_bytes(model_config, question, responses, dtype if gpu else torch.float32, autocast,
+    kept, buffers = activation_bytes(model_config, question, responses, dtype if gpu else torch.float32, autocast,
                                      config.gradient_checkpointing)
     result += [Part(f"activations of {pack:,} tokens", kept, when="update"),
-               Part("their passing use", passing, when="update")]
+               Part("temporary buffers", buffers, when="update")]
     when = "sampling" if gpu and vllm else "always"
     tied_copy = text.vocab_size * text.hidden_size if vllm and not gpu and text.tie_word_embeddings else 0
     result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize, when=when))
@@ -151,7 +149,7 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
 
 
 def needs(config, model_config, device, vllm, dtype, question=None, prompt=None):
-    """(offload, parts): whether the host holds the masters, as --offload says or as it fits, and the parts for that."""
+    """(whether the host holds master weights, gradients and optimizer, as --offload says or as it fits; the parts then)."""
     for offload in (False, True) if config.offload == "auto" and device == "cuda" else (config.offload == "yes",):
         found = parts(config, model_config, device, vllm, offload, dtype, question, prompt)
         if peak(found, "device") <= device_bytes(config, device):
@@ -175,9 +173,7 @@ def host_bytes():
 
 
 def device_bytes(config, device):
-    """Memory of the device that can be filled: of this machine, or of this rank's GPU as far as no other process has it,
-    or of the GPU that --gpu-gb speaks of.
-    """
+    """Memory that can be filled: of this machine, of this rank's GPU as far as no other process has it, or of --gpu-gb."""
     if device != "cuda":
         return host_bytes()
     if config.gpu_gb:

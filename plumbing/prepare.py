@@ -1,7 +1,5 @@
-"""From a Config to the parts of a run: tasks, judge, policy, sampler, optimizer. What can be checked early is.
-
-Mistakes of the user's are ValueError or OSError with one line.
-"""
+"""From a Config to the parts of a run: tasks, judge, policy, sampler, optimizer. Mistakes of the user's are found before
+anything heavy is loaded; they are ValueError or OSError with one line."""
 
 import torch
 from tqdm import tqdm
@@ -32,7 +30,7 @@ JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that j
 
 
 def computing_dtype(config, device):
-    """What sampler and update compute in; the master weights are always float32."""
+    """The dtype that sampler and update compute in; the master weights are always float32."""
     if config.dtype == "auto":
         if device == "cpu":
             return cpu_dtype()
@@ -47,7 +45,7 @@ def first_unruled(tasks):
 
 
 def check_judge(config, tasks):
-    """Raise ValueError for a --judge that does not fit the tasks or lacks its server."""
+    """Raise ValueError for a --judge that does not fit the tasks, or whose server is not given."""
     if config.judge == "chat" and not config.judge_url:
         raise ValueError("--judge chat needs --judge-url (or $RUSCARL_JUDGE_URL)")
     if config.judge == "rules" and (task := first_unruled(tasks)):
@@ -55,12 +53,15 @@ def check_judge(config, tasks):
 
 
 def self_judged(config, tasks):
-    """Whether the policy judges itself: no server is given for criteria without a rule."""
+    """Whether the policy judges itself: there are criteria without a rule, and no server is given."""
     return not config.judge_url and first_unruled(tasks) is not None
 
 
 def make_judge(client, tasks, tokenizer, sampler, context):
-    """Rules for what has rules; for the rest the server, or the policy itself, which may read so many tokens."""
+    """A Judge: rules for criteria that have one; for the others the server of `client`, or the policy where client is None.
+
+    sampler: the policy's. context: tokens that the policy may read. Raises ValueError where it cannot judge itself.
+    """
     if first_unruled(tasks) is None:
         return Judge()
     if client is not None:
@@ -75,10 +76,19 @@ def make_judge(client, tasks, tokenizer, sampler, context):
                            lambda prompts: sampler.sample(prompts, [0] * len(prompts), params), context - 1))
 
 
+def prompt_lengths(task, tokenizer):
+    """(tokens of a task's question, tokens of it with the whole rubric shown)."""
+    return tuple(len(prompt_ids(tokenizer, messages))
+                 for messages in (task.messages, scaffold_messages(task.messages, task.rubric)))
+
+
 def drop_long(config, tasks, tokenizer):
-    """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
+    """Those of `tasks` that fit in --max-prompt-tokens with the whole rubric shown; says how many do not.
+
+    Raises ValueError where none fits.
+    """
     kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())
-            if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
+            if prompt_lengths(task, tokenizer)[1] <= config.max_prompt_tokens]
     if len(kept) < len(tasks):
         say(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
             f"{config.max_prompt_tokens} with the scaffold")
@@ -88,29 +98,30 @@ def drop_long(config, tasks, tokenizer):
 
 
 def check_context(config, model_config):
-    """Tokens that the policy may read when it judges itself: those of the longest prompt, its response and what a judge is
-    told besides. Raises ValueError where the model's context is shorter than the longest prompt with its response.
+    """Tokens that the policy may read when it judges itself: the longest prompt, its response and the judge's instructions.
+
+    Raises ValueError where the model's context is shorter than the longest prompt with its response.
     """
     context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
     longest = config.max_prompt_tokens + config.max_new_tokens
     if longest > context:
         raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
                          f"{context} tokens")
-    return min(context, longest + longest // 4 + JUDGE_ROOM)  # a judge reads it as JSON, with quotes and line ends escaped
+    return min(context, longest + longest // 4 + JUDGE_ROOM)  # a quarter: quotes and line breaks are escaped for a judge
 
 
 def choose_device(config):
-    """"cpu" or "cuda"."""
+    """The type of the device that --device names, "cpu" or "cuda". Raises ValueError for one that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available to torch")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu" and config.offload == "yes":
-        raise ValueError("--offload yes: there is no GPU, the policy is in the host's memory already")
+        raise ValueError("--offload yes: without a GPU the policy is in the host's memory already")
     return device
 
 
 def choose_sampler(config, device):
-    """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
+    """(whether vLLM samples, the reason). Raises ValueError where --sampler vllm cannot be had."""
     if config.sampler == "transformers":
         return False, "--sampler transformers"
     obstacle = vllm_obstacle(device)
@@ -120,10 +131,10 @@ def choose_sampler(config, device):
 
 
 def make_sampler(config, policy, tokenizer, **limits):
-    """The sampler, announced; `sync` gives it the weights. On a CPU with --sampler auto, transformers takes over where vLLM
-    refuses the model.
+    """The sampler that --sampler names, which is also printed; `sync` has to give it the weights.
 
-    limits: max_model_len, max_num_seqs, gpu_memory of VLLMSampler, by name.
+    limits: max_model_len, max_num_seqs and gpu_memory of VLLMSampler. With --sampler auto on one CPU, transformers samples
+    a model that vLLM refuses.
     """
     device, stops = choose_device(config), stop_ids(policy, tokenizer)
     dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
@@ -143,9 +154,8 @@ def make_sampler(config, policy, tokenizer, **limits):
 
 
 def longest_prompts(config, tasks, tokenizer):
-    """(tokens of the longest prompt in the update, and while sampling)."""
-    plain, shown = (max(len(prompt_ids(tokenizer, scaffold_messages(task.messages, rubric_of(task)))) for task in tasks)
-                    for rubric_of in (lambda task: (), lambda task: task.rubric))
+    """Tokens of (the longest prompt in the update, the longest prompt while sampling)."""
+    plain, shown = map(max, zip(*(prompt_lengths(task, tokenizer) for task in tasks)))
     return shown if config.ratio == "scaffolded" else plain, shown
 
 

@@ -1,4 +1,4 @@
-"""What the commands print: a progress bar and lines above it, a line for each step, the table at the end of a run, errors."""
+"""What the commands print: a progress bar and lines above it, a line a step, the table at the end of a run, errors."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def summary(run, config):
     print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
     lines = [("", "before", "after"), ("score", *map(_score, both)),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in both)),
-             *((one_line(text)[:40], f"{share:.0%}", f"{after[text]:.0%}") for text, share in before.items() if text in after)]
+             *((one_line(text)[:40], f"{before[text]:.0%}", f"{after[text]:.0%}") for text in before if text in after)]
     for label, *cells in lines:
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
     texts = []

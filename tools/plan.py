@@ -18,9 +18,9 @@ from plumbing.prepare import (
     computing_dtype,
     drop_long,
     longest_prompts,
+    prompt_lengths,
 )
 from plumbing.rules import rule_from_tags
-from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
 
 
@@ -37,8 +37,8 @@ def print_plan(config):
     check_context(config, model_config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
-    for name, value in work(config, tasks, held_out, tokenizer):
-        print(f"  {name:18s}{value}")
+    for name, line in work(config, tasks, held_out, tokenizer):
+        print(f"  {name:18s}{line}")
     lengths = longest_prompts(config, tasks + held_out, tokenizer)
     return print_memory(config, device, partial(parts_of_run, model_config=model_config, device=device, lengths=lengths))
 
@@ -49,13 +49,8 @@ def work(config, tasks, held_out, tokenizer):
     samples = config.steps * config.batch_size * config.group_size
     evaluated = evaluations * config.held_out * config.eval_samples
     updates = config.batch_size // config.mini_batch_size
-    plain, shown, asked, read = [], [], [], []
-    for task in tqdm(tasks, "measuring prompts", leave=False, disable=None):
-        plain.append(len(prompt_ids(tokenizer, task.messages)))
-        shown.append(len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))))
-        open_criteria = [c for c in task.rubric if rule_from_tags(c.tags) is None]
-        asked.append(len(open_criteria))
-        read += [len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for c in open_criteria[:1]]
+    plain, shown = zip(*(prompt_lengths(task, tokenizer)
+                         for task in tqdm(tasks, "measuring prompts", leave=False, disable=None)))
     lines = [
         ("tasks", f"{len(tasks):,} to train on, {len(held_out):,} held out"),
         ("steps", f"{config.steps:,}, each of {config.batch_size} questions x {config.group_size} responses and "
@@ -66,20 +61,21 @@ def work(config, tasks, held_out, tokenizer):
                           f"{max(shown):,} at the most"),
         ("response tokens", f"up to {config.max_new_tokens:,} each, {many(samples * config.max_new_tokens)} to train on"),
     ]
-    if sum(asked):
-        calls = numpy.mean(asked) * (samples + evaluated)
-        each = numpy.mean(read)
-        lines += [("judge calls", f"{numpy.mean(asked) * config.batch_size * config.group_size:,.0f} a step, {many(calls)} "
-                                  "in all"),
-                  ("judge tokens", f"{each:.0f} and the response in each call: {many(calls * each)} and up to "
-                                   f"{many(calls * config.max_new_tokens)} in all")]
-    else:
-        lines.append(("judge calls", "none: all criteria have rules"))
-    return lines
+    asked = [[c for c in task.rubric if rule_from_tags(c.tags) is None] for task in tasks]  # [tasks][criteria without rule]
+    if not any(asked):
+        return [*lines, ("judge calls", "none: all criteria have rules")]
+    calls = numpy.mean([len(criteria) for criteria in asked])  # for a response
+    read = numpy.mean([len(prompt_ids(tokenizer, judge_messages(task.messages, "", criteria[0])))
+                       for task, criteria in zip(tasks, asked) if criteria])
+    total = calls * (samples + evaluated)
+    return [*lines,
+            ("judge calls", f"{calls * config.batch_size * config.group_size:,.0f} a step, {many(total)} in all"),
+            ("judge tokens", f"{read:.0f} and the response in each call: {many(total * read)} and up to "
+                             f"{many(total * config.max_new_tokens)} in all")]
 
 
 def many(number):
-    """A count in words that can be read: 9,000; 1.3 million; 8.7 billion."""
+    """A count as text: 9,000; 1.3 million; 8.7 billion."""
     for size, word in ((1e9, " billion"), (1e6, " million")):
         if number >= size:
             return f"{number / size:,.1f}{word}"
@@ -87,8 +83,8 @@ def many(number):
 
 
 def parts_of_run(config, model_config, device, lengths):
-    """Parts of the run's memory (memory.parts), with what --sampler and --offload come to."""
-    if device == "cuda" and not torch.cuda.is_available():  # a GPU that is not there is thought of with vllm
+    """Parts of a run's memory, a list of memory.Part, with what --sampler and --offload come to."""
+    if device == "cuda" and not torch.cuda.is_available():  # a GPU that is not there is taken for one with vllm
         vllm = config.sampler != "transformers"
     else:
         vllm = choose_sampler(config, device)[0]
@@ -96,52 +92,45 @@ def parts_of_run(config, model_config, device, lengths):
 
 
 def print_memory(config, device, parts_of):
-    """Print the table of parts, whether they fit, and what would make them; returns whether they fit.
+    """Print the table of parts, whether they fit, and which flags would make them fit; returns whether they fit.
 
-    parts_of: a Config to its list of memory.Part.
+    parts_of: a function from a Config to the parts of its run's memory.
     """
-    parts = parts_of(config)
-    each = "each GPU" if memory.ranks_of(config)[0] > 1 else "GPU"
+    parts, gpu = parts_of(config), device == "cuda"
+    names = {"device": "this machine", "host": "host"}
+    if gpu:
+        names["device"] = "each GPU" if memory.ranks_of(config)[0] > 1 else "GPU"
     times = [when for when in memory.TIMES if when != "loading" or any(part.when == when for part in parts)]
     print(f"\n  {'memory, GB':30s}" + "".join(f"{when:>10s}" for when in times))
-    names = {"device": each if device == "cuda" else "this machine", "host": "host"}
-    for place in ("device", "host"):
-        rows = [part for part in parts if part.place == place]
-        if rows:
-            print(f"  {names[place]}")
-            for part in rows:
-                cells = ("" if part.when not in ("always", when) else f"{part.bytes / 1e9:.1f}"
-                         for when in times)
-                print(f"    {part.name:28s}" + "".join(f"{cell:>10s}" for cell in cells))
-            print(f"    {'total':28s}" + "".join(f"{memory.total(parts, place, when) / 1e9:>10.1f}"
-                                              for when in times))
+    for place in ("device", "host") if gpu else ("device",):
+        rows = [(part.name, [part.bytes if part.when in ("always", when) else None for when in times])
+                for part in parts if part.place == place]
+        print(f"  {names[place]}")
+        for name, cells in [*rows, ("total", [memory.total(parts, place, when) for when in times])]:
+            print(f"    {name:28s}" + "".join(f"{'' if cell is None else f'{cell / 1e9:.1f}':>10s}" for cell in cells))
     there = {"device": memory.device_bytes(config, device)}
-    if device == "cuda" and torch.cuda.is_available():  # of a GPU that is not there, nobody knows the host
+    if gpu and torch.cuda.is_available():  # the host of a GPU that is not there is unknown
         there["host"] = memory.host_bytes()
-    usable = {"device": "usable " if device == "cuda" else "", "host": ""}
-    found = ", ".join(f"{memory.peak(parts, place) / 1e9:.0f} GB of {size / 1e9:.0f} GB {usable[place]}({names[place]})"
-                      for place, size in there.items())
-    if device == "cuda" and "host" not in there:
+    found = ", ".join(f"{memory.peak(parts, place) / 1e9:.0f} GB of {size / 1e9:.0f} GB "
+                      f"{'usable ' if gpu and place == 'device' else ''}({names[place]})" for place, size in there.items())
+    if gpu and "host" not in there:
         found += f", and {memory.peak(parts, 'host') / 1e9:.0f} GB in the host"
     if fits(parts, there):
         print(f"\nfits: {found}")
         return True
-    print(f"\ndoes not fit: {found}; {remedy(config, device, there, parts_of)}")
+    print(f"\ndoes not fit: {found}; {remedy(config, gpu, there, parts_of)}")
     return False
 
 
 def fits(parts, there):
-    """Whether no place is fuller than it can be."""
-    return all(memory.peak(parts, place) <= there[place] for place in there)
+    """Whether no place is fuller than it can be. there: {place: bytes}."""
+    return all(memory.peak(parts, place) <= size for place, size in there.items())
 
 
-def remedy(config, device, there, parts_of):
+def remedy(config, gpu, there, parts_of):
     """What would make a run fit: the two flags that save most, alone or together, or else other settings."""
-    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
-    if device == "cuda":
-        flags["--offload yes"] = {"offload": "yes"}
-    else:
-        flags["--token-budget 1024"] = {"token_budget": 1024}
+    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True},
+             **({"--offload yes": {"offload": "yes"}} if gpu else {"--token-budget 1024": {"token_budget": 1024}})}
     for names in (*([name] for name in flags), list(flags)):
         changed = dataclasses.replace(config, **{key: value for name in names for key, value in flags[name].items()})
         if fits(parts_of(changed), there):
