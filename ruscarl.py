@@ -14,7 +14,8 @@ what needed prompting becomes habit.
 
 import sys
 
-from plumbing.config import Config, parse_command_line
+from plumbing.config import Config
+from plumbing.config import parse_training as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     ACTION, COMMAND_LINE = parse_command_line()

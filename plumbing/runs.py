@@ -55,36 +55,46 @@ def write_whole(path, text):
     os.replace(part, path)
 
 
-def whole_lines(path):
-    """Mend the end of `path`, a file of JSON objects, one a line, or the next one would be glued to it: a last line that a
-    kill has torn is removed, one that lacks only its line break gets it."""
-    content = path.read_bytes() if path.exists() else b""
-    begin = content.rfind(b"\n") + 1
-    if not content[begin:].startswith(b"{"):  # nothing, or nothing that was written here: whoever reads it will say so
-        return
-    try:
-        json.loads(content[begin:])
-    except ValueError:
-        os.truncate(path, begin)
-        print(f"{path}: its last line was cut off, and is removed", file=sys.stderr)
-    else:
-        with open(path, "ab") as file:
-            file.write(b"\n")
+class JsonLines:
+    """A file of JSON objects, one a line, that is read when it is opened and then only appended to.
 
+    Opening repairs a last line that a kill cut off, and says so. check: a function that raises ValueError for a record that
+    does not belong there. rows: the records. Raises ValueError with file and line for what is no such record.
+    """
 
-def read_rows(path):
-    """The rows of `path`, a file of JSON objects, one a line, whose end is mended (see whole_lines); none where it is not
-    there. Raises ValueError, with the line, for what is no JSON object."""
-    whole_lines(path)
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    def __init__(self, path, check=lambda record: None):
+        self.path, self.rows = Path(path), []
+        self._repair()
+        for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                check(record)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                why = "not a JSON object" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+                raise ValueError(f"{self.path}, line {number}: {why}") from None
+            self.rows.append(record)
+
+    def _repair(self):
+        content = self.path.read_bytes() if self.path.exists() else b""
+        begin = content.rfind(b"\n") + 1
+        if not content[begin:].startswith(b"{"):  # nothing, or no line of ours, which is refused when it is read
+            return
         try:
-            rows.append(json.loads(line))
+            json.loads(content[begin:])
         except ValueError:
-            rows.append(None)
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-    return rows
+            os.truncate(self.path, begin)
+            terminal.say(f"{self.path}: its last line was cut off, and is removed")
+        else:
+            with open(self.path, "ab") as file:  # the line lacks only its line break
+                file.write(b"\n")
+
+    def append(self, records):
+        """Add `records` at the end."""
+        self.rows += records
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def claim(folder, settings, kept):
@@ -174,8 +184,8 @@ class Run:
         self.steps_done = step + 1
         self._skipped = self._skipped + 1 if row["skipped_steps"] else 0
         if self._skipped >= self.config.max_skipped:
-            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower --lr, "
-                          "or look at the last rollouts")
+            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower "
+                          "--lr, or look at the last rollouts")
         if self.steps_done % self.config.save_every == 0 or self.steps_done == self.config.steps:
             terminal.phase("saving")
             self.save_checkpoint(policy, optimizer)
@@ -193,7 +203,7 @@ class Run:
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
-        rows = read_rows(self.metrics)
+        rows = JsonLines(self.metrics).rows
         for number, row in enumerate(rows, 1):
             if type(row.get("step")) is not int:
                 raise ValueError(f"{self.metrics}, line {number}: step: must be a whole number, got {row.get('step')!r}")

@@ -1,6 +1,7 @@
 """What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -49,6 +50,32 @@ def say(line):
     """A line for the person in front, above any progress bar; once, however many ranks there are."""
     if ranks.leader():
         tqdm.write(line, sys.stderr)
+
+
+def error(command, message):
+    """The one line that tells a mistake; of many ranks' equal mistakes only one is told."""
+    ranks.complain(f"{command}: error: {one_line(str(message))}")
+
+
+def run_command(command, main):
+    """Call main() and leave with the exit status that it returns; with 2 and one line where it raises ValueError or OSError.
+
+    RUSCARL_TRACEBACK=1 shows where the error came from.
+    """
+    try:
+        status = main()
+    except (ValueError, OSError) as mistake:
+        if os.environ.get("RUSCARL_TRACEBACK"):
+            raise
+        error(command, mistake)
+        status = 2
+    except KeyboardInterrupt:
+        ranks.complain(f"{command}: interrupted; the same command starts again, or goes on where it keeps what is done")
+        status = 130
+    sys.stdout.flush()
+    if status > 2:  # interrupted: sys.exit would wait for requests that are still under way
+        os._exit(status)
+    sys.exit(status)
 
 
 def step_line(row, rollouts, show_sample):
@@ -112,8 +139,3 @@ def side_by_side(left, right, width=58):
         a, b = (column[i] if i < len(column) else "" for column in columns)
         print(f"{a:{width}s}  |  {b}")
 
-
-def run_command(prog, main):
-    status = main()
-    sys.stdout.flush()
-    sys.exit(status)

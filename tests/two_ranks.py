@@ -1,15 +1,14 @@
 """What the ranks of test_ranks.py do; torchrun starts it. Also imported there, for one rank to do the same."""
 
-import datetime
-import functools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 import grpo
@@ -58,7 +57,7 @@ CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", t
 
 def wait_for_a_judge(folder):
     """One rank takes three times as long as the group's time-out before it meets the others."""
-    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=2))
+    ranks.COLLECTIVE = 2
     ranks.join("cpu")
     with ranks.together():
         time.sleep(6 * ranks.rank())
@@ -94,23 +93,26 @@ def die_elsewhere(folder):
     """Rank 1 dies; rank 0, whose torchrun knows nothing of it, waits for it at a meeting."""
     ranks.BEAT, ranks.SILENCE = 0.5, 3
     ranks.join("cpu")
-    with ranks.together():
-        if not ranks.leader():
-            os._exit(9)
-    (Path(folder) / "came together").touch()
+    try:
+        with ranks.together():
+            if not ranks.leader():
+                os._exit(9)
+        (Path(folder) / "came together").touch()
+    except ranks.Lost as lost:
+        print(f"rank 0: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def leave_late(folder):
-    """Only one rank is told to leave, in the middle of an update that takes longer than PATIENCE: both come out of it."""
-    ranks.BEAT, ranks.PATIENCE = 0.2, 1
+    """Only one rank is told to stop; the other needs longer than PATIENCE for what it does: both come out of it."""
+    ranks.BEAT, ranks.PATIENCE = 0.2, 2
     ranks.join("cpu")
     ranks.listen()
     if ranks.leader():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(3)
     try:
         with ranks.together():
-            time.sleep(1 if ranks.leader() else 60)
+            time.sleep(60 if ranks.leader() else 5)  # the leader does not begin it
     except ranks.Interrupted as interrupted:
         assert interrupted.status == 143
         ranks.gather((Path(folder) / f"left {ranks.rank()}").touch())
@@ -118,11 +120,11 @@ def leave_late(folder):
 
 
 def start_late(folder):
-    """One rank comes to a collective later than a dead one would be missed: the one that waits still shows that it lives."""
+    """One rank comes to a meeting later than a dead one would be missed: it shows that it lives."""
     ranks.BEAT, ranks.SILENCE = 0.2, 2
     ranks.join("cpu")
     time.sleep(5 * ranks.rank())
-    dist.new_group([0, 1])
+    ranks.meet()
     (Path(folder) / f"came {ranks.rank()}").touch()
     ranks.leave()
 
