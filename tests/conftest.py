@@ -25,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from plumbing import terminal
+
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
                                 reason="vllm is not installed (README, Install)")
@@ -95,18 +97,24 @@ def command(*args, env=None, timeout=120):
     return done.returncode, done.stdout, done.stderr, time.monotonic() - start
 
 
+def run_here(module, arguments):
+    """The exit status of the command of `module`, in this process."""
+    def main():
+        parsed = module.parse_command_line([str(argument) for argument in arguments])
+        return module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
+
+    with pytest.raises(SystemExit) as stop:
+        terminal.run_command(f"{module.__name__}.py", main)
+    return stop.value.code
+
+
 @pytest.fixture
 def here(capfd):
     """A function (module, *arguments) -> (status, all that was printed): the command of `module`, in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(module, *arguments):
-        try:
-            parsed = module.parse_command_line([str(argument) for argument in arguments])
-            status = module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
-        except SystemExit as stop:
-            status = stop.code
-        return status, "".join(capfd.readouterr())
+        return run_here(module, arguments), "".join(capfd.readouterr())
 
     yield run
     for number, handler in handlers.items():
@@ -115,11 +123,7 @@ def here(capfd):
 
 def refused(module, capsys, *arguments):
     """The one line with which the command of `module` refuses; in this process, which spares the imports."""
-    try:
-        parsed = module.parse_command_line([str(argument) for argument in arguments])
-        status = module.main(*parsed if isinstance(parsed, tuple) else [parsed])
-    except SystemExit as stop:
-        status = stop.code
+    status = run_here(module, arguments)
     out, err = capsys.readouterr()
     assert status == 2 and out == "", (arguments, err)
     lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
