@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from plumbing import ranks, terminal
 
 class Stopped(RuntimeError):
     """The run cannot go on; the message says why."""
-
 
 
 def saved_config(runs, name):
@@ -39,13 +37,18 @@ def saved_config(runs, name):
     path = Path(runs) / name / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run to resume at {path.parent}")
+    return name, read_object(path)
+
+
+def read_object(path):
+    """The JSON object in the file `path`, a dict. Raises ValueError for anything else."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(saved, dict):
+    if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a JSON object")
-    return name, saved
+    return found
 
 
 def write_whole(path, text):
@@ -103,12 +106,7 @@ def claim(folder, settings, kept):
     kept: name of the file that is kept. Raises ValueError where settings.json says something else or is missing.
     """
     path = folder / "settings.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: must be a JSON object")
+    saved = read_object(path) if path.exists() else {}
     if not saved and (folder / kept).exists():
         raise ValueError(f"--output {folder}: there is a {kept} without its settings.json")
     for name, value in settings.items():
@@ -121,6 +119,13 @@ def claim(folder, settings, kept):
         write_whole(path, json.dumps({**saved, **settings}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
+
+
+PANELS = {  # of curves.png: label: metrics
+    "score": ("reward/mean", "reward/unscaffolded"), "share of the rubric shown": ("scaffold/ratio",),
+    "nats a token": ("entropy", "kl"), "response length, tokens": ("response/length",),
+    "share": ("response/truncated", "reward/zero_variance_groups", "clip_fraction", "judge/unknown"),
+    "seconds a step": ("time/sample", "time/judge", "time/update")}
 
 
 class Run:
@@ -224,7 +229,7 @@ class Run:
 
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
-        from plumbing.checkpoints import save
+        from plumbing.checkpoints import save  # torch, which the command line does without
 
         if self._saved != self.steps_done:
             save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
@@ -245,7 +250,7 @@ class Run:
             if step == 0 and self.metrics.exists():
                 old = self.metrics.with_name("metrics.old.jsonl")
                 os.replace(self.metrics, old)
-                print(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}", file=sys.stderr)
+                terminal.say(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}")
             if [row["step"] for row in rows] != list(range(step)):
                 raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -257,32 +262,19 @@ class Run:
 
         rows = self.rows()
         figure = Figure((13, 7), layout="constrained")
-        axes = figure.subplots(2, 3)
-        panels = [
-            ("score", ["reward/mean", "reward/unscaffolded"]),
-            ("share of the rubric shown", ["scaffold/ratio"]),
-            ("nats a token", ["entropy", "kl"]),
-            ("response length, tokens", ["response/length"]),
-            ("share", ["response/truncated", "reward/zero_variance_groups", "clip_fraction", "judge/unknown"]),
-            ("seconds a step", ["time/sample", "time/judge", "time/update"]),
-        ]
-        styles = ["-", "--", ":", "-."]
-        for axis, (label, names) in zip(axes.flat, panels):
-            for name, style in zip(names, styles):
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                if points:
+        figure.suptitle(self.folder.name)
+        for axis, (label, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+            for name, style in zip(names, ("-", "--", ":", "-.")):
+                if points := [(row["step"], row[name]) for row in rows if name in row]:
                     axis.plot(*zip(*points), style, label=name, linewidth=1.4)
+            evals = [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]
+            if label == "score" and evals:
+                axis.errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2,
+                              label="eval/score (held out, no scaffold), 1 s.e.")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
-        evals = [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]
-        if evals:
-            steps, scores, errors = zip(*evals)
-            axes.flat[0].errorbar(steps, scores, errors, fmt="o-", color="black", capsize=4, linewidth=2,
-                                  label="eval/score (held out, no scaffold), 1 s.e.")
-        for axis in axes.flat:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
-        figure.suptitle(self.folder.name)
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 

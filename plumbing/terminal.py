@@ -57,21 +57,26 @@ def error(command, message):
     ranks.complain(f"{command}: error: {one_line(str(message))}")
 
 
-def run_command(command, main):
-    """Call main() and leave with the exit status that it returns; with 2 and one line where it raises ValueError or OSError.
+def exit_status(command, main):
+    """What main() returns; 2, after one line, where it raises ValueError or OSError; 130 after Ctrl-C.
 
-    RUSCARL_TRACEBACK=1 shows where the error came from.
+    RUSCARL_TRACEBACK=1 shows where an error came from.
     """
     try:
-        status = main()
+        return main()
     except (ValueError, OSError) as mistake:
         if os.environ.get("RUSCARL_TRACEBACK"):
             raise
         error(command, mistake)
-        status = 2
+        return 2
     except KeyboardInterrupt:
         ranks.complain(f"{command}: interrupted; the same command starts again, or goes on where it keeps what is done")
-        status = 130
+        return 130
+
+
+def run_command(command, main):
+    """Leave with the `exit_status` of main()."""
+    status = exit_status(command, main)
     sys.stdout.flush()
     if status > 2:  # interrupted: sys.exit would wait for requests that are still under way
         os._exit(status)

@@ -97,24 +97,19 @@ def command(*args, env=None, timeout=120):
     return done.returncode, done.stdout, done.stderr, time.monotonic() - start
 
 
-def run_here(module, arguments):
-    """The exit status of the command of `module`, in this process."""
-    def main():
-        parsed = module.parse_command_line([str(argument) for argument in arguments])
-        return module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
-
-    with pytest.raises(SystemExit) as stop:
-        terminal.run_command(f"{module.__name__}.py", main)
-    return stop.value.code
-
-
 @pytest.fixture
 def here(capfd):
     """A function (module, *arguments) -> (status, all that was printed): the command of `module`, in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(module, *arguments):
-        return run_here(module, arguments), "".join(capfd.readouterr())
+        try:
+            parsed = module.parse_command_line([str(argument) for argument in arguments])
+            parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+            status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
+        except SystemExit as stop:
+            status = stop.code
+        return status, "".join(capfd.readouterr())
 
     yield run
     for number, handler in handlers.items():
@@ -123,7 +118,12 @@ def here(capfd):
 
 def refused(module, capsys, *arguments):
     """The one line with which the command of `module` refuses; in this process, which spares the imports."""
-    status = run_here(module, arguments)
+    try:
+        parsed = module.parse_command_line([str(argument) for argument in arguments])
+        parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+        status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
+    except SystemExit as stop:
+        status = stop.code
     out, err = capsys.readouterr()
     assert status == 2 and out == "", (arguments, err)
     lines = [line for line in err.splitlines() if line.strip() and "Loading weights" not in line]
