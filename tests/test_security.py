@@ -169,7 +169,7 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
 @pytest.mark.parametrize("url", ["http://user:secret123@host/v1", "https://host/v1?key=secret123"])
 @pytest.mark.parametrize(("module", "variable", "flags"), [
     (ruscarl, "OPENAI", "--judge-url http://a/v1,URL"), (ruscarl, "OPENAI", "--judge chat"),
-    (evaluation, "OPENAI", "smollm2 --judge-url URL"),
+    (evaluation, "OPENAI", "smollm2 --judge-url http://a/v1,URL"), (evaluation, "OPENAI", "smollm2 --judge chat"),
     (refine, "PROPOSER", "first_aid --responses x --proposer-url URL"),
     (refine, "VERIFIER", "x --responses x --proposer rules --start own --verifier-url URL")])
 def test_a_key_inside_a_url_is_refused(here, monkeypatch, module, variable, flags, url):
