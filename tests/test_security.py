@@ -161,7 +161,7 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
         assert status == refuses and not any(word in text for word in ("secret123", "\x1b", "Traceback")), text
         assert not refuses or "wrong key: Bearer $" in text
     asked = {request["_authorization"].removeprefix("Bearer secret123-") for request in server.requests}
-    assert asked == set(names)
+    assert asked == {*(names[:2] if refuses else names)}
     files = [path for path in Path("out").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"secret123" in path.read_bytes()]
 
