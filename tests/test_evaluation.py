@@ -337,7 +337,7 @@ def test_another_judge_judges_the_kept_responses_again(model_folder, other_folde
         assert found["agreement_95"][0] <= found["agreement"] <= found["agreement_95"][1]
         assert model["judges"]["rules and judge"]["mean"] == pytest.approx((2 + 2 * by_rule) / 5)
         assert model["judges"]["second"]["mean"] == pytest.approx(1 / 5) and found["correlation"] is None
-    assert "judge: second" in text and "agreement of second and rules and judge" in text and "balanced F1" in text
+    assert "judge: second" in text and "agreement of second with rules and judge" in text and "balanced F1" in text
 
     assert "another --judge-extra for second" in refused_again(here, *arguments, *asking, "--judge-extra", '{"seed": 1}')
     second.close()

@@ -207,7 +207,7 @@ def print_table(results):
         _line("  unknown verdicts", [f"{column['unknown']} of {column['verdicts']}" for column in columns])
         _line("  responses without a score", [f"{column['unscored']} of {column['responses']}" for column in columns])
     for other in others:
-        print(f"agreement of {one_line(judge)} and {one_line(other)}, with 95% intervals")
+        print(f"agreement of {one_line(judge)} with {one_line(other)}, 95% intervals")
         columns = [model["agreement"][other] for model in models]
         for key, label in (("agreement", "  share of equal verdicts"), ("balanced_f1", "  balanced F1")):
             cells = ["{:.3f} ({:.2f} to {:.2f})".format(c[key], *c[f"{key}_95"]) if c["verdicts"] else "-" for c in columns]
