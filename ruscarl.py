@@ -20,7 +20,6 @@ from plumbing.config import parse_training as parse_command_line
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     ACTION, COMMAND_LINE = parse_command_line()
 
-import os
 import random
 import time
 from collections import defaultdict
@@ -258,7 +257,7 @@ def main(action, config: Config):
     mistake of the user's, found before training begins."""
     if action != "train":
         answer = print_plan if action == "plan" else calibrate_judge
-        return 0 if os.environ.get("RANK", "0") != "0" or answer(config) else 1  # of many ranks, one answer is enough
+        return 0 if not ranks.leader() or answer(config) else 1  # of many ranks, one answer is enough
     parts = set_up(config)
     try:
         if config.check_sync:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import os
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -180,8 +179,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the mistake and exit with status 2."""
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # by then torchrun has ended this rank, if rank 0 has said the same and left
         terminal.error(self.prog, message)
         raise SystemExit(2)
 

@@ -40,7 +40,7 @@ from plumbing import ranks
 from plumbing.config import cache_dir
 from plumbing.terminal import one_line
 
-if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+if not sys.stderr.isatty() or not ranks.leader():
     logging.disable_progress_bar()
 
 DEFAULT_MODEL = "smollm2"
