@@ -141,8 +141,8 @@ class Evaluation(Config):
                            valid=ABOVE_0)
     held_out: int = setting(0, "only the tasks that a run with this --held-out keeps for evaluation, 0: all tasks "
                             "(default: what the run MODEL was started with)", valid=FROM_0)
-    judge: str = setting("auto", "who judges; auto: rules, and a criterion without a rule --judge-url, else the model "
-                         "itself. chat, self: asked about every criterion. Another judge judges the kept responses again",
+    judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
+                         "chat and self are asked about every criterion. Another judge judges the kept responses again",
                          ("auto", "rules", "chat", "self"))
     embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance", valid=(
         lambda path: not path or (Path(path) / "config.json").is_file(), "must be a folder with a model in it"))
