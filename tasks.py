@@ -2,12 +2,12 @@
 
 A rubric is a checklist: criteria with points, negative points for what a response should not do. Sources:
 
-    first_aid             bundled, 80 everyday health questions whose criteria code can check
+    first_aid             80 everyday health questions that come with this project; their criteria have rules
     healthbench           OpenAI's HealthBench, downloaded once and kept in the cache
     some/file.jsonl       HealthBench's record format: prompt, prompt_id, rubrics [{criterion, points, tags}], example_tags
     some/file.parquet     the official RuscaRL (verl) format: prompt, reward_model.rubrics
 
-Every defect of a file is an error that names file, line (row) and field; no record is dropped silently.
+Every defect of a file is an error that names file, line (row) and field. No record is left out silently.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Task:
-    """A conversation that ends with the user's turn, and the rubric its answer is judged by."""
+    """A conversation that ends with the user's turn, and the rubric by which a response to it is judged."""
 
     id: str
     messages: list  # [{"role": "system" | "user" | "assistant", "content": str}]
@@ -45,11 +45,10 @@ class Task:
 
 
 def load_tasks(source, limit=None, need_rubrics=True):
-    """Tasks of `source` (see the module's docstring), the first `limit` of them. need_rubrics: whether a record without
-    rubrics is a mistake, or a task with an empty one.
+    """Tasks of `source` (see the module's docstring), the first `limit` of them: a list of Task.
 
-    Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench
-    cannot be downloaded.
+    need_rubrics: whether a record without rubrics is an error, or a task with an empty rubric. Raises ValueError for a
+    defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench cannot be downloaded.
     """
     source = str(source)
     if source == "healthbench":
@@ -64,8 +63,7 @@ def load_tasks(source, limit=None, need_rubrics=True):
         if not path.is_file():
             raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
     records = _read_parquet(path) if path.suffix.lower() == ".parquet" else read_jsonl(path)
-    tasks = []
-    seen = {}
+    tasks, seen = [], {}
     for place, record in itertools.islice(records, limit):
         task = _parse_task(record, place, need_rubrics)
         if task.id in seen:
@@ -78,9 +76,9 @@ def load_tasks(source, limit=None, need_rubrics=True):
 
 
 def split_tasks(tasks, held_out):
-    """(train, held out): the `held_out` tasks whose hashed ids come first, whatever their order in the file.
+    """(tasks to train on, held-out tasks): `held_out` is the number of the latter, chosen by a hash of their ids alone.
 
-    Raises ValueError when nothing would be left to train on.
+    Raises ValueError where none would be left to train on.
     """
     if held_out >= len(tasks):
         raise ValueError(f"cannot hold out {held_out} of {len(tasks)} tasks and train on the rest: lower --held-out")
@@ -90,7 +88,7 @@ def split_tasks(tasks, held_out):
 
 
 def digest(tasks):
-    """SHA-256 of tasks: what a run or an evaluation was made with."""
+    """SHA-256 of `tasks`, in hexadecimal: by it a run or an evaluation knows whether its tasks have changed."""
     return hashlib.sha256(repr(tasks).encode()).hexdigest()
 
 
@@ -103,10 +101,8 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
             answer = requests.get(url, timeout=60)
             answer.raise_for_status()
         except requests.RequestException as error:
-            raise ConnectionError(
-                f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the file as --tasks "
-                f"FILE.jsonl, or put it at {path}"
-            ) from None
+            raise ConnectionError(f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the "
+                                  f"file as --tasks FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(answer.content)
@@ -118,19 +114,25 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
 
 
 def read_jsonl(path):
-    """(place, record) for every line that is not blank."""
+    """Yield (place, record) for every line that is not blank. Raises ValueError, with the place, for other than JSON."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield place, json.loads(text, object_pairs_hook=unique_keys)
+                    record = json.loads(text, object_pairs_hook=unique_keys)
+                    json.dumps(record, ensure_ascii=False).encode()
+                    yield place, record
             except UnicodeDecodeError:
                 raise ValueError(f"{place}: not UTF-8 text") from None
+            except UnicodeEncodeError as error:
+                near = shown(error.object[max(0, error.start - 20) : error.end])
+                raise ValueError(f"{place}: half of a surrogate pair is not text: {near}") from None
             except json.JSONDecodeError as error:
-                ends = error.pos >= len(text.rstrip())
-                why = "it ends too early; a record has to be on one line" if ends else f"{error.msg} at column {error.colno}"
+                why = f"{error.msg} at column {error.colno}"
+                if error.pos >= len(text.rstrip()):
+                    why = "it ends too early; a record has to be on one line"
                 raise ValueError(f"{place}: unreadable JSON: {why}") from None
             except RecursionError:
                 raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
@@ -157,27 +159,22 @@ def _read_parquet(path):
 
 
 def _parse_task(record, place, need_rubrics):
-    """A Task from a record in HealthBench's format; ValueError names the place and the field."""
+    """A Task from a record in HealthBench's format. Raises ValueError that names the place and the field."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a record must be a JSON object")
     messages = _parse_messages(record.get("prompt"), place)
-    rubrics = record.get("rubrics")
-    if rubrics in (None, []) and not need_rubrics:
-        rubrics = []
-    elif not isinstance(rubrics, list) or not rubrics:
+    rubrics = record.get("rubrics") or []
+    if not isinstance(rubrics, list) or (need_rubrics and not rubrics):
         raise ValueError(f"{place}: rubrics: missing or empty")
     rubric = tuple(_parse_criterion(c, f"{place}: rubrics[{i}]") for i, c in enumerate(rubrics))
     if rubric and not any(criterion.points > 0 for criterion in rubric):
         raise ValueError(f"{place}: rubrics: no criterion has positive points, so no score is defined")
     identity = record.get("prompt_id")
-    if identity is None:  # the official parquet files have none: the conversation and its rubric are its name
+    if identity is None:  # the official parquet files have none: a hash of conversation and rubric takes its place
         identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    elif not isinstance(identity, str) or not identity:
-        raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {shown(identity)}")
-    else:
-        _check_text(identity, f"{place}: prompt_id")
-        if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # it is shown in messages
-            raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
+    _check_text(identity, f"{place}: prompt_id")
+    if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # errors show it
+        raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
 
@@ -216,21 +213,9 @@ def _parse_criterion(record, field):
 def _check_text(text, field):
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{field}: must be a non-empty string, got {shown(text)}")
-    _check_unicode(text, field)
-
-
-def _check_unicode(text, field):
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{field}: half a surrogate pair is not text") from None
 
 
 def _parse_tags(tags, field):
-    if tags is None:
-        return ()
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
         raise ValueError(f"{field}: must be a list of strings")
-    for tag in tags:
-        _check_unicode(tag, field)
-    return tuple(tags)
+    return tuple(tags or ())
