@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -169,9 +170,13 @@ class ChatClient:
         """Cancel what still waits in the pool; requests under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, messages, *, parse=None, schema=None):
-        """`complete` in the pool: a Future."""
-        return self._pool.submit(self.complete, messages, parse=parse, schema=schema)
+    def submit(self, messages, *, parse=None, schema=None, none_if_failed=False):
+        """`complete` in the pool: a Future. none_if_failed: of None instead of a ChatError."""
+        def call():
+            with suppress(ChatError) if none_if_failed else nullcontext():
+                return self.complete(messages, parse=parse, schema=schema)
+
+        return self._pool.submit(call)
 
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.

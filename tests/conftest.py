@@ -222,13 +222,13 @@ class Server:
     """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
     body text), set by the test; `requests`: the bodies received."""
 
-    def __init__(self, port=0):
+    def __init__(self, port=0, model="judge"):
         self.requests, self.answers = [], None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, {}, json.dumps({"data": [{"id": "judge"}]}))
+                self.reply(200, {}, json.dumps({"data": [{"id": model}]}))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
