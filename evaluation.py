@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
 import gc
 import hashlib
 import json
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,8 +35,7 @@ from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
 from plumbing.rules import rule_from_tags
 from plumbing.runs import JsonLines, claim
-from ruscarl import make_rollouts, sample_and_judge
-from sampler import SamplingParams
+from ruscarl import make_rollouts, sample_and_judge, sampling
 from tasks import digest, load_tasks, split_tasks
 from tools import measures
 from tools.embedding import load_embedding
@@ -45,7 +43,6 @@ from tools.embedding import load_embedding
 # Settings that every start on one folder must have in common. The judge may change: verdicts are kept for each judge.
 KEPT = ("model", "base", "tasks", "held_out", "samples", "seed", "max_new_tokens", "max_prompt_tokens", "temperature",
         "top_p", "top_k")
-SAMPLES = "samples.jsonl"
 
 
 def evaluate(config):
@@ -53,7 +50,7 @@ def evaluate(config):
 
     Raises ValueError or OSError for a mistake of the user's, in one line; what can be checked without weights comes first.
     """
-    tasks = load_tasks(config.tasks)
+    tasks = load_tasks(config.tasks, need_rubrics=False)
     check_held_out(config, tasks)
     prepare.check_judge(config, tasks)
     folders = {side: policy_folder(getattr(config, side)) for side in ("model", "base") if getattr(config, side)}
@@ -77,8 +74,8 @@ def evaluate(config):
     finally:
         if client is not None:
             client.close()
-    judges = samples.judges()
-    results = {"settings": json.loads((samples.folder / "settings.json").read_text(encoding="utf-8")), "judges": judges,
+    settings, judges = (samples.folder / "settings.json").read_text(encoding="utf-8"), samples.judges()
+    results = {"settings": json.loads(settings), "judges": judges,
                "last_judge_error": client.last_error if client else None, "comparison": {}, "novelty": None,
                "models": {side: {"name": getattr(config, side), "entropy": entropy[side],
                                  **measures.model_figures(tasks, samples.of(side), judges, embed)} for side in folders}}
@@ -104,18 +101,27 @@ class Samples(JsonLines):
     """
 
     def __init__(self, config, tasks, client):
-        self.folder, hashed = Path(config.output), digest(tasks)
+        self.folder, self.count, device = Path(config.output), config.samples, prepare.choose_device(config)
+        settings = {**{name: getattr(config, name) for name in KEPT}, "hash of the tasks": digest(tasks),
+                    "sampler": "vllm" if prepare.choose_sampler(config, device)[0] else "transformers",
+                    "dtype": str(prepare.computing_dtype(config, device)).removeprefix("torch."),
+                    **({f"--judge-extra for {client.model}": config.judge_extra} if client else {})}
+        claim(self.folder, settings, "samples.jsonl")
         if config.judge in ("chat", "self"):  # asked about every criterion: without tags, no criterion has a rule
             tasks = [replace(task, rubric=tuple(replace(c, tags=()) for c in task.rubric)) for task in tasks]
         ruled = {rule_from_tags(c.tags) is not None for task in tasks for c in task.rubric}
-        asked = client.model if client else "self"
-        self.judge = " and ".join(name for name, needed in (("rules", True in ruled), (asked, False in ruled)) if needed)
-        self.tasks, device = {task.id: task for task in tasks}, prepare.choose_device(config)
-        claim(self.folder, {**{name: getattr(config, name) for name in KEPT}, "hash of the tasks": hashed,
-                            "sampler": "vllm" if prepare.choose_sampler(config, device)[0] else "transformers",
-                            "dtype": str(prepare.computing_dtype(config, device)).removeprefix("torch."),
-                            f"--judge-extra for {self.judge}": config.judge_extra}, SAMPLES)
-        super().__init__(self.folder / SAMPLES, check_sample)
+        deciders = {True: "rules", False: client.model if client else "self"}  # of a criterion with a rule, without one
+        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled) or "nobody"
+        self.tasks = {task.id: task for task in tasks}
+        super().__init__(self.folder / "samples.jsonl", self.check)
+
+    def check(self, row):
+        """Raise ValueError for a line of samples.jsonl that is not a judged response to one of the tasks."""
+        kinds = {"side": str, "text": str, "token_ids": list, "finished": bool, "verdicts": dict, "rewards": dict}
+        task, whole = self.tasks.get(row.get("task")), all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+        if not (whole and task and row["sample"] in range(self.count)
+                and all(len(verdicts) == len(task.rubric) for verdicts in row["verdicts"].values())):
+            raise ValueError("not a judged response to one of the tasks")
 
     def add(self, samples):
         """Append `samples`, with the rewards that follow from their verdicts."""
@@ -124,25 +130,18 @@ class Samples(JsonLines):
             sample["rewards"] = {judge: score(rubric, verdicts) for judge, verdicts in sample["verdicts"].items()}
         self.append(samples)
 
+    def kept(self, side):
+        """The samples of one side as {(task id, number): sample}; the last line of each counts."""
+        return {(row["task"], row["sample"]): row for row in self.rows if row["side"] == side}
+
     def of(self, side):
-        """The samples of one side by task: [tasks][K]."""
-        found = defaultdict(dict)
-        for row in self.rows:
-            if row["side"] == side:
-                found[row["task"]][row["sample"]] = row  # the last line counts
-        return [[found[task][sample] for sample in sorted(found[task])] for task in self.tasks]
+        """The samples of one side, which is complete, by task: [tasks][K]."""
+        kept = self.kept(side)
+        return [[kept[task, number] for number in range(self.count)] for task in self.tasks]
 
     def judges(self):
         """The names of all judges whose verdicts are kept; the one that judges now is first."""
         return list(dict.fromkeys([self.judge, *(judge for row in self.rows for judge in row["verdicts"])]))
-
-
-def check_sample(row):
-    """Raise ValueError for a line of samples.jsonl that is not a judged response."""
-    kinds = {"side": str, "task": str, "sample": int, "text": str, "token_ids": list, "finished": bool, "verdicts": dict,
-             "rewards": dict}
-    if not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError("not a judged response")
 
 
 def check_held_out(config, tasks):
@@ -171,7 +170,7 @@ def evaluate_model(config, side, folder, samples, client, owners):
     Returns ({owner: mean log-probability of each of its responses}, entropy of the model over its own responses).
     """
     policy, tokenizer = load_policy(folder)
-    claim(samples.folder, {f"weights of {getattr(config, side)}": fingerprint(policy)}, SAMPLES)
+    claim(samples.folder, {f"weights of {getattr(config, side)}": fingerprint(policy)}, "samples.jsonl")
     complete(config, side, samples, policy, tokenizer, client)
     device = prepare.choose_device(config)
     cast(policy, prepare.computing_dtype(config, device) if device == "cuda" else torch.float32).to(device)
@@ -198,9 +197,8 @@ def complete(config, side, samples, policy, tokenizer, client):
     The seed of a response is its address: (seed, "evaluation", place of the task, sample). Unknown verdicts of an earlier
     start are asked again, those of this start are not.
     """
-    tasks, name = list(samples.tasks.values()), samples.judge
-    kept = {(row["task"], row["sample"]): row for of_task in samples.of(side) for row in of_task}
-    unjudged = [row for row in kept.values() if None in row["verdicts"].get(name, [None])]
+    tasks, kept = list(samples.tasks.values()), samples.kept(side)
+    unjudged = [sample for sample in kept.values() if None in sample["verdicts"].get(samples.judge, [None])]
     rollouts = make_rollouts(tasks, [0.0] * config.samples, tokenizer, (config.seed, "evaluation"))
     missing = [r for r in rollouts if (r.task.id, r.sample) not in kept]
     context, self_judged = prepare.check_context(config, policy.config), prepare.self_judged(config, tasks)
@@ -210,19 +208,17 @@ def complete(config, side, samples, policy, tokenizer, client):
         sampler = prepare.make_sampler(config, policy, tokenizer, max_model_len=longest, gpu_memory=0.85)
         sampler.sync(named_weights(policy))
     judge = prepare.make_judge(client, tasks, tokenizer, sampler, context)
-    params = SamplingParams(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     try:
         with terminal.progress(len(rollouts) + len(unjudged), len(kept), "response"):
             for i in range(0, len(unjudged), config.chunk):
                 terminal.phase("judging kept responses")
                 chunk = unjudged[i : i + config.chunk]
-                judge_again(judge, name, chunk, samples.tasks)
-                samples.add(chunk)
+                judge_again(judge, samples, chunk)
                 terminal.advance(len(chunk))
             for i in range(0, len(missing), config.chunk):
-                chunk, _ = sample_and_judge(missing[i : i + config.chunk], sampler, judge, tokenizer, params)
+                chunk, _ = sample_and_judge(missing[i : i + config.chunk], sampler, judge, tokenizer, sampling(config))
                 samples.add([{"side": side, "task": r.task.id, "sample": r.sample, "text": r.text, "finished": r.finished,
-                              "token_ids": r.response_ids, "verdicts": {name: r.verdicts}} for r in chunk])
+                              "token_ids": r.response_ids, "verdicts": {samples.judge: r.verdicts}} for r in chunk])
                 terminal.advance(len(chunk))
     finally:
         if sampler is not None:
@@ -232,12 +228,12 @@ def complete(config, side, samples, policy, tokenizer, client):
         torch.cuda.empty_cache()
 
 
-def judge_again(judge, name, samples, tasks):
-    """Have `judge` decide the verdicts under `name` that are missing or unknown, in place. tasks: {id: Task}."""
+def judge_again(judge, samples, chunk):
+    """Have `judge` decide the verdicts that it has not given on the samples in `chunk`, and add them to `samples`."""
     asked = []
-    for sample in samples:
-        task = tasks[sample["task"]]
-        verdicts = sample["verdicts"].setdefault(name, [None] * len(task.rubric))
+    for sample in chunk:
+        task = samples.tasks[sample["task"]]
+        verdicts = sample["verdicts"].setdefault(samples.judge, [None] * len(task.rubric))
         unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
         part = replace(task, rubric=tuple(task.rubric[i] for i in unknown))
         asked.append((verdicts, unknown, judge.submit(part, sample["text"])))
@@ -245,27 +241,25 @@ def judge_again(judge, name, samples, tasks):
     for verdicts, unknown, futures in asked:
         for i, future in zip(unknown, futures, strict=True):
             verdicts[i] = future.result()
+    samples.add(chunk)
 
 
 def response_statistics(model, prompts, responses, token_budget):
-    """(mean log-probability of each response's tokens: list of floats, next-token entropy averaged over all tokens).
-
-    Of the model's own distribution, at temperature 1 and with no token filtered out; nats a token.
-    """
-    means, entropies, tokens = [0.0] * len(responses), 0.0, 0
+    """(mean log-probability of each response's tokens: list of floats, mean entropy of the next token), nats; of the model's
+    own distribution, at temperature 1 and with no token filtered out."""
+    means, entropies = [0.0] * len(responses), []
     with torch.no_grad(), terminal.progress(len(responses), 0, "log-probability"):
         for pack in make_packs(prompts, responses, token_budget):
             logp, entropy = response_logprobs(model, pack)  # [response tokens] each
             for i, part in zip(pack.members, logp.split([len(responses[i]) for i in pack.members])):
                 means[i] = part.mean().item()
-            entropies += entropy.sum().item()
-            tokens += len(entropy)
+            entropies.append(entropy.cpu())
             terminal.advance(len(pack.members))
-    return means, entropies / tokens
+    return means, torch.cat(entropies).mean().item()
 
 
 def main(config):
-    """Evaluate and print the table. Returns the exit status: 1 where nothing was scored."""
+    """Evaluate and print the table. Returns the exit status: 1 where there are rubrics, but nothing was scored."""
     results = evaluate(config)
     measures.print_table(results)
     print(f"\n{config.output}/: results.json, samples.jsonl, pictures")
@@ -274,7 +268,7 @@ def main(config):
         reason = results["last_judge_error"]
         terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again"
                      + (f". The last error: {reason}" if reason else ""))
-    return 1 if any(found["score"] is None for found in judged) else 0
+    return 1 if any(found["score"] is None and found["verdicts"] for found in judged) else 0
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def sample_and_judge(rollouts, sampler, judge, tokenizer, params, max_unknown=1.
     parts, times, errors = zip(*ranks.gather((own, times, judge.counts()[2])))
     rollouts = [rollout for part in parts for rollout in part]
     verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
-    unknown = sum(verdict is None for verdict in verdicts) / len(verdicts)
+    unknown = sum(verdict is None for verdict in verdicts) / max(1, len(verdicts))  # tasks may be without rubrics
     if unknown > max_unknown:
         reason = next(filter(None, errors), None)
         raise Stopped(f"{unknown:.0%} of the verdicts could not be had (limit {max_unknown:.0%}, --max-unknown)"

@@ -120,6 +120,9 @@ class Evaluation(Config):
     base: str = setting("", "a second model to compare with; novelty is measured against it")
     samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K")
     held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own")
+    judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
+                         "chat and self are asked about every criterion. Another judge judges the kept responses again",
+                         ("auto", "rules", "chat", "self"))
     embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance")
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
     chunk: int = setting(128, "responses that are sampled and judged before they are written down")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluation
+import refine
 from conftest import RUN, Server, command, completion, needs_vllm, read, refused, tiny_model, tiny_tokenizer, write_tasks
 from evaluation import Samples, response_statistics
 from tasks import Criterion, Task, digest
@@ -127,22 +128,30 @@ def test_cosine_distance_novelty_and_means_by_hand():
 
 
 def test_agreement_of_two_judges_by_hand():
-    def sample(task, first, second, rewards):
-        return {"task": task, "verdicts": {"a": first, "b": second}, "rewards": dict(zip("ab", rewards))}
+    def sample(first, second, rewards, names="ab"):
+        return {"verdicts": dict(zip(names, (first, second))), "rewards": dict(zip(names, rewards))}
 
-    samples = [sample("1", [True, False, None], [True, True, True], (None, 0.2)),
-               sample("2", [True, False], [True, False], (0.5, 1.0)),
-               sample("3", [False, True], [None, False], (0.1, None)),
-               sample("4", [True], [True], (1.0, 2.0)),
-               {"task": "5", "verdicts": {"a": [True]}, "rewards": {"a": 1.0}}]  # b has not been asked
-    found = agreement(samples, "a", "b")
-    assert found["verdicts"] == 6 and found["agreement"] == pytest.approx(4 / 6)
-    assert found["balanced_f1"] == pytest.approx((2 * 3 / 8 + 2 * 1 / 4) / 2)  # met: 3 of 4 and 4; not met: 1 of 2 and 2
+    task = Task("1", [], tuple(Criterion(text, 1) for text in "xyz"))
+    samples = [[sample([True, False, None], [True, True, True], (None, 0.2)),
+                sample([True, False, True], [True, False, True], (0.5, 1.0))],
+               [sample([False, True, None], [None, False, False], (0.1, None)), sample([None] * 3, [True] * 3, (None, 1.0))],
+               [sample([True, None, None], [True, True, None], (1.0, 2.0)),
+                {"verdicts": {"a": [True] * 3}, "rewards": {"a": 1.0}}]]  # b has not been asked
+    found = agreement([task] * 3, samples, "a", "b")
+    assert found["verdicts"] == 7 and found["agreement"] == pytest.approx(5 / 7)
+    assert found["balanced_f1"] == pytest.approx((2 * 4 / (5 + 5) + 2 * 1 / (2 + 2)) / 2)  # met, not met
     assert found["correlation"] == pytest.approx(1)
     for name in ("agreement", "balanced_f1"):
         low, high = found[f"{name}_95"]
         assert 0 <= low < found[name] < high <= 1
-    assert agreement(samples, "a", "nobody") == {"verdicts": 0, "agreement": None, "balanced_f1": None, "correlation": None}
+    assert agreement([task] * 3, samples, "a", "nobody") == {
+        "verdicts": 0, "agreement": None, "balanced_f1": None, "correlation": None}
+    ruled = Task("1", [], (Criterion("x", 1, tuple(RUBRIC[0]["tags"])), *task.rubric[1:]))
+    names = ("rules and a", "rules and b")  # what rules have decided for both is no agreement of theirs
+    samples = [[sample([True, False, True], [True, True, True], (0.5, 1.0), names)]]
+    assert agreement([ruled], samples, *names)["agreement"] == 1 / 2
+    samples = [[sample([True, False, True], [True, True, True], (0.5, 1.0), ("rules and a", "b"))]]
+    assert agreement([ruled], samples, "rules and a", "b")["agreement"] == 2 / 3
 
 
 def test_novelty_and_entropy_equal_one_sequence_at_a_time():
@@ -227,13 +236,16 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
     assert (folder / "samples.jsonl").read_bytes() == whole
     assert json.loads((folder / "results.json").read_text()) == results
 
+    for change in ({"task": "nosuch"}, {"sample": 3}, {"verdicts": {"rules": [True]}}, {"text": None}):
+        (folder / "samples.jsonl").write_bytes(lines[0] + json.dumps({**json.loads(lines[1]), **change}).encode() + b"\n")
+        assert "samples.jsonl, line 2: " in refused(evaluation, capsys, *arguments)
     (folder / "samples.jsonl").write_bytes(lines[0] + b"{}\n" + whole)
-    assert "samples.jsonl, line 2" in refused(evaluation, capsys, *arguments)
+    assert "samples.jsonl, line 2: " in refused(evaluation, capsys, *arguments)
 
 
 def test_samples_of_one_side_in_the_order_of_tasks(tmp_path):
     tasks = [Task(name, [], (Criterion("c", 1),)) for name in ("z", "a")]
-    config = evaluation.parse_command_line(["smollm2", "--output", str(tmp_path / "out"), "--judge", "self"])
+    config = evaluation.parse_command_line(["smollm2", "--output", str(tmp_path), "--judge", "self", "--samples", "2"])
     samples = Samples(config, tasks, None)
     for verdict in (None, True):  # the later line counts
         samples.add([{"side": side, "task": t.id, "sample": k, "text": "x", "token_ids": [1], "finished": True,
@@ -325,10 +337,21 @@ def test_another_judge_judges_the_kept_responses_again(model_folder, other_folde
         assert found["agreement_95"][0] <= found["agreement"] <= found["agreement_95"][1]
         assert model["judges"]["rules and judge"]["mean"] == pytest.approx((2 + 2 * by_rule) / 5)
         assert model["judges"]["second"]["mean"] == pytest.approx(1 / 5) and found["correlation"] is None
-    assert "judge: second" in text and "agreement of second and rules and judge" in text and "balanced F1" in text
+    assert "judge: second" in text and "agreement of second with rules and judge" in text and "balanced F1" in text
 
     assert "another --judge-extra for second" in refused_again(here, *arguments, *asking, "--judge-extra", '{"seed": 1}')
     second.close()
+
+
+def test_questions_without_rubrics_get_responses_that_refine_takes(model_folder, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    questions = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(2)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    status, text = here(evaluation, model_folder, "--tasks", "questions.jsonl", "--samples", 3, "--sampler", "transformers",
+                        "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--output", "out")
+    assert status == 0 and "judge: nobody" in text, text
+    texts = refine.read_responses(["out/samples.jsonl"], ["0", "1"])
+    assert {name: len(found) for name, found in texts.items()} == {"0": 3, "1": 3}
 
 
 def refused_again(here, *arguments):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
 from judge import score
+from plumbing.rules import rule_from_tags
 from plumbing.terminal import one_line
 from tools.checks import balanced_f1, interval
 
@@ -168,22 +169,24 @@ def model_figures(tasks, records, judges, embed):
             "truncated": float(numpy.mean([not record["finished"] for record in flat])), "diversity": diversity,
             "semantic_distance": mean_over_tasks([cosine_distance(embed(t)) for t in full]) if embed and full else None,
             "judges": {judge: judge_figures(tasks, records, judge) for judge in judges},
-            "agreement": {other: agreement(flat, judges[0], other) for other in judges[1:]}}
+            "agreement": {other: agreement(tasks, records, judges[0], other) for other in judges[1:]}}
 
 
-def agreement(records, judge, other):
+def agreement(tasks, records, judge, other):
     """How far two judges agree where both gave a verdict: verdicts (their number), agreement (share of equal verdicts),
-    balanced_f1, both with a 95% interval over tasks as ..._95, correlation (of scores); None for what is undefined."""
-    both = [(a, b, record["task"]) for record in records
-            for a, b in zip(record["verdicts"].get(judge, []), record["verdicts"].get(other, []))
-            if a is not None and b is not None]
+    balanced_f1, both with a 95% interval over tasks as ..._95, correlation (of scores); None for what is undefined. Criteria
+    that rules decided for both judges are left out."""
+    by_rules = judge.startswith("rules and ") and other.startswith("rules and ")
+    both = [(a, b, row) for row, (task, of_task) in enumerate(zip(tasks, records)) for record in of_task
+            for a, b, criterion in zip(record["verdicts"].get(judge, []), record["verdicts"].get(other, []), task.rubric)
+            if None not in (a, b) and not (by_rules and rule_from_tags(criterion.tags))]
     found = {"verdicts": len(both), "agreement": None, "balanced_f1": None, "correlation": None}
     if both:
         first, second, owners = map(numpy.array, zip(*both))
         for name, statistic in (("agreement", lambda a, b: float((a == b).mean())), ("balanced_f1", balanced_f1)):
             found |= {name: statistic(first, second), f"{name}_95": interval(statistic, first, second, owners).tolist()}
-    scores = numpy.array([[record["rewards"].get(name) for name in (judge, other)] for record in records], dtype=float)
-    scores = scores[~numpy.isnan(scores).any(axis=1)]  # [responses, 2]
+    scores = numpy.stack([score_matrix(records, name).flatten() for name in (judge, other)], axis=1)  # [responses, 2]
+    scores = scores[~numpy.isnan(scores).any(axis=1)]
     if len(scores) > 1 and scores.std(axis=0).min() > 1e-9:
         found["correlation"] = float(numpy.corrcoef(scores.T)[0, 1])
     return found
@@ -204,7 +207,7 @@ def print_table(results):
         _line("  unknown verdicts", [f"{column['unknown']} of {column['verdicts']}" for column in columns])
         _line("  responses without a score", [f"{column['unscored']} of {column['responses']}" for column in columns])
     for other in others:
-        print(f"agreement of {one_line(judge)} and {one_line(other)}, with 95% intervals")
+        print(f"agreement of {one_line(judge)} with {one_line(other)}, 95% intervals")
         columns = [model["agreement"][other] for model in models]
         for key, label in (("agreement", "  share of equal verdicts"), ("balanced_f1", "  balanced F1")):
             cells = ["{:.3f} ({:.2f} to {:.2f})".format(c[key], *c[f"{key}_95"]) if c["verdicts"] else "-" for c in columns]
@@ -236,12 +239,8 @@ def _line(label, cells):
 
 def _row(label, columns, key, error=""):
     """A line with what each column (a dict or None) has under `key`, and its error."""
-    def cell(column):
-        if not column or column[key] is None:
-            return "-"
-        return f"{column[key]:+.3f} +- {column[error]:.3f}" if error else f"{column[key]:.3f}"
-
-    _line(label, [cell(column) for column in columns])
+    form = "{:+.3f} +- {:.3f}" if error else "{:.3f}"
+    _line(label, [form.format(c[key], c.get(error)) if c and c[key] is not None else "-" for c in columns])
 
 
 def draw(results, folder):
