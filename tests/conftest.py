@@ -1,4 +1,8 @@
-"""A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request."""
+"""A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request.
+
+What takes more than about 3 seconds is marked `slow`: `pytest -m "not slow"` leaves it out. Every slow test is work of its
+own for pytest-xdist and comes first; of the others, those of a file stay together.
+"""
 
 import contextlib
 import importlib.util
@@ -6,9 +10,11 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -16,14 +22,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = str(max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))  # this worker's share of the cores
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # before torch is imported; for what tests start, too
 ROOT = Path(__file__).parents[1]
 RUN = "ruscarl.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+PRELOADED = ["ruscarl", "evaluation", "refine", "transformers.models.llama.modeling_llama", "torch.distributed.checkpoint",
+             "matplotlib.backends.backend_agg"]
+PATIENCE = 600  # seconds until a test gives up on what it waits for: longer than a slow, busy machine takes
 sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fork_server import ForkServer
 
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
@@ -87,12 +102,69 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def command(*args, env=None, timeout=120):
-    """(exit status, stdout, stderr, seconds) of a command in the project's folder."""
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+def pytest_configure(config):
+    """A marker of pytest-xdist's, for when it is switched off."""
+    config.addinivalue_line("markers", "xdist_group(name): tests for the same worker")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first; every slow test is a unit of work of its own, unless it has a group, the others of a file are one."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            name = item.nodeid if item.get_closest_marker("slow") else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+class Starter:
+    """What starts processes: a fork server, started when it is needed, or subprocess.Popen."""
+
+    servers = []
+
+    def __call__(self, *args, env=None, stdout, stderr, fresh=False, signalled=None):
+        """A process (with Popen's functions) that does `args`: a script with its arguments, in the project's folder.
+
+        env: changes of the environment. stdout, stderr: file descriptors. fresh: in a new interpreter, not a fork of one
+        that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. signalled:
+        the signal that the process gets, and when: see fork_server.signal_when.
+        """
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if fresh or not str(args[0]).endswith(".py") or sys.platform != "linux":
+            assert signalled is None
+            return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=stderr, env=env,
+                                    stdin=subprocess.DEVNULL)
+        if not self.servers:
+            self.servers.append(ForkServer(PRELOADED, {
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))
+        modules = ["vllm_preloaded"] if "vllm" in args else []
+        return self.servers[0].start(args, env, stdout, stderr, modules, signalled)
+
+
+start = Starter()
+
+
+def pytest_unconfigure():
+    """End the fork server."""
+    for server in start.servers:
+        server.close()
+
+
+def command(*args, env=None, timeout=PATIENCE, fresh=False, signalled=None):
+    """(exit status, stdout, stderr, CPU seconds) of a command; see Starter for the arguments."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = start(*args, env=env, stdout=out.fileno(), stderr=err.fileno(), fresh=fresh, signalled=signalled)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = getattr(process, "cpu_seconds", after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return status, *texts, seconds
 
 
 @pytest.fixture
@@ -184,14 +256,15 @@ def rows(folder):
 class Terminal:
     """A command whose progress bar is read, as on a terminal: what it shows says where in a step it is."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, env=None, signalled=None):
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 150))
         self.text, self.ours = "", ours
-        self.process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                        stderr=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        with open(os.devnull, "w") as nowhere:
+            self.process = start(*args, env=env, stdout=nowhere.fileno(), stderr=theirs, signalled=signalled)
         os.close(theirs)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self):
         with contextlib.suppress(OSError):  # the other side is closed
@@ -200,23 +273,28 @@ class Terminal:
 
     def until(self, phase, after):
         """Return as soon as the bar shows `phase` in a step later than `after`."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
             steps = re.findall(rf"{phase}[^\r\n]*\| (\d)/6", self.text)
             if steps and int(steps[-1]) > after:
                 break
-            time.sleep(0.001)
+            time.sleep(0.01)
 
-    def send(self, number, phase, after):
-        """Signal `number` then; returns the exit status."""
-        self.until(phase, after)
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+    def wait(self):
+        """Exit status; then all of the text is there."""
+        status = self.process.wait(timeout=PATIENCE)
+        self._reader.join(timeout=10)
+        return status
+
+
+def shows(phase, step):
+    """For `signalled`: the moment at which the bar of a run of 6 steps first shows `phase` in step number `step`."""
+    return rf"{phase}[^\r\n]*\| {step}/6"
 
 
 class Server:
     """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
-    body text), set by the test; `requests`: the bodies received."""
+    body text), or None to hang up without an answer, set by the test; `requests`: the bodies received."""
 
     def __init__(self, port=0):
         self.requests, self.answers = [], None
@@ -230,7 +308,10 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 body["_authorization"] = self.headers.get("Authorization")
                 server.requests.append(body)
-                self.reply(*server.answers(body, len(server.requests)))
+                if answer := server.answers(body, len(server.requests)):
+                    self.reply(*answer)
+                else:
+                    self.close_connection = True
 
             def reply(self, status, headers, text):
                 try:
