@@ -1,31 +1,36 @@
 """Sampler: prompts of token ids in, responses of token ids out, one by one as they finish.
 
-Two of them behind the same functions: vllm_sampler.VLLMSampler wherever vLLM runs, and TransformersSampler here, which
-needs no vLLM.
+A sampler is anything with four functions:
 
     sample(prompts, seeds, params)   yields a Response for each prompt as it finishes
     sync(weights)                    takes over the policy's weights, a stream of (name, tensor)
     sleep()                          leaves its memory to the update, until the next sync
     close()                          ends it
 
-The sampler holds a copy of the policy in its own precision: a cache that `sync` refreshes after every update. Each
-response draws from a generator of its own, whose seed is its address (seed, step, group, sample), so a response does
-not depend on what it was batched with, nor on where a run was interrupted (as far as rounding allows).
+VLLMSampler here wherever vLLM runs, else TransformersSampler (plumbing/transformers_sampler.py). A sampler holds a copy of
+the policy in its own precision: a cache, which `sync` refreshes after every update. Each response draws from a generator of
+its own, whose seed is an address (seed, step, group, sample), so that a response does not depend on what it was batched
+with, nor on where a run was interrupted, as far as rounding allows.
+
+What vLLM would do by itself and must not: keep old weights or what it cached with them, end a response at tokens that are
+not the policy's stop tokens, report log-probabilities before temperature, set how float32 is multiplied.
 """
 
-import copy
 import hashlib
-import random
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from plumbing.policy import cast
+from plumbing import ranks
+
+MAX_NUM_SEQS = 256  # sequences in flight
+CPU_MAX_NUM_SEQS = 128
+CPU_BLOCK = 128  # tokens of key-value cache that a sequence gets at a time
 
 
 @dataclass(frozen=True)
@@ -56,196 +61,149 @@ def address_seed(*address):
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def filtered_logprobs(logits, params):
-    """Log-probabilities of the distribution that is drawn from: temperature, then top-k, then top-p, renormalised.
-
-    logits: [rows, vocabulary], any float type. Returns float32 [rows, vocabulary], -inf where a token is filtered out.
-    Top-p keeps the smallest set of likeliest tokens whose probability reaches top_p (at least one token). At
-    temperature 0 all probability is on the likeliest token.
-    """
-    logits = logits.float()
-    if params.allowed_token_ids:
-        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
-        logits = torch.full_like(logits, -torch.inf).index_copy_(-1, allowed, logits[:, allowed])
-    if params.temperature == 0:
-        best = torch.full_like(logits, -torch.inf)
-        return best.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
-    logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if params.top_p < 1:
-        probs, order = logits.softmax(-1).sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # probability of everything likelier
-        drop = (before >= params.top_p).scatter(-1, order, before >= params.top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
-    return logits.log_softmax(-1)
+def vllm_obstacle(device):
+    """Why vLLM cannot sample beside a policy on `device` ("cpu" or "cuda"), or None where it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vllm is not installed"
+    try:
+        platform = _import_vllm().platforms.current_platform
+    except Exception as error:  # a build that does not fit this machine can fail in any way while it is imported
+        return f"vllm does not import: {' '.join(str(error).split())[:200]}"
+    if platform.device_type != device:
+        return f"this vllm runs on {platform.device_type or 'no device'}, the policy is on {device}"
+    return None
 
 
-def draw(logprobs, uniforms):
-    """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: float64 [rows] in [0, 1).
+def _import_vllm():
+    """The vllm package, told to run its engine in this process and to be quiet; seconds the first time."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # bound threads would be stuck on a core that is busy
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    import vllm.platforms
+    import vllm.sampling_params
 
-    Summed in float64: in float32, a large vocabulary's sum would swallow its unlikeliest tokens. Returns [rows].
-    """
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # the sum is 1 only up to rounding
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
-
-
-def decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention of one new token a row against the cache; anything longer goes to PyTorch's own kernel.
-
-    query: [rows, heads, 1, width]; key, value: [rows, kv heads, cached, width]. Query heads that share a key head are
-    stacked instead of the keys being repeated for each: the cache is read once. On CPU this halves a decoding step.
-    """
-    rows, heads, length, width = query.shape
-    if length > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    grouped = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads per kv head, width]
-    if attention_mask is not None:  # [rows, 1, 1, cached], True where it may look
-        attention_mask = attention_mask.expand(-1, -1, grouped.shape[2], -1)
-    if value.dtype == torch.float32:  # in which PyTorch's kernel takes longer than the products
-        scores = grouped @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask, -torch.inf)
-        output = scores.softmax(-1) @ value
-    else:
-        output = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, width), None
+    return vllm
 
 
-AttentionInterface.register("decode", decode_attention)
-AttentionMaskInterface.register("decode", sdpa_mask)
+def kv_bytes_per_token(config, dtype):
+    """Bytes of key-value cache that a token takes in a model of this (transformers) config."""
+    config = config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
+def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs):
+    """Key-value cache of an engine on a CPU: for so many of the longest sequences up to 512 MiB, but at least for two."""
+    sequence = kv_bytes_per_token(config, dtype) * -(-max_model_len // CPU_BLOCK) * CPU_BLOCK
+    sequences = min(max_num_seqs, CPU_MAX_NUM_SEQS) + 1  # one more, since vLLM reserves a block that holds nothing
+    return max(2 * sequence, min(sequences * sequence, 1 << 29))
 
-    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it. There is what TransformersSampler
-    needs, no reset and no crop.
+
+class VLLMSampler:
+    """vLLM's engine in this process, driven step by step.
+
+    config: the policy's transformers config. The engine is built from the config alone, with arbitrary weights; `sync` has
+    to come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
+    tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake, if so much is free; on CPU the
+    key-value cache takes cpu_cache_bytes.
+    max_num_seqs: most sequences in flight; the others wait. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
-    block, tokens = 64, 0
+    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,
+                 max_num_seqs=MAX_NUM_SEQS):
+        self._vllm = _import_vllm()
+        self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
+        self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
+        most = min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)
+        if self.on_gpu:
+            free, there = torch.cuda.mem_get_info()  # vLLM wants all of its share to be free
+            options = {"gpu_memory_utilization": min(gpu_memory, 0.98 * free / there), "enable_sleep_mode": True,
+                       "max_num_seqs": most}
+        else:
+            torch._dynamo.config.disable = True  # compiling for a minute would not pay
+            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, most),
+                       "enforce_eager": True, "max_num_seqs": most,
+                       # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
+                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+        if ranks.size() > 1:  # the engine's workers are the ranks that are there already
+            options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
+        precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            try:
+                self._llm = self._vllm.LLM(
+                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
+                    dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len,
+                    logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
+                self._asleep = False
+                list(self.sample([[0]], [0], SamplingParams(1)))  # some models are refused only when they run
+            except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
+                raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
+                                 "(--sampler transformers needs no vllm)") from None
+            finally:
+                torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set them
+                torch.set_num_threads(threads)
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append the keys and values of new tokens, each [rows, kv heads, new, width]; returns all of them and the room."""
-        if not self.tokens:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            self.tokens = key_states.shape[2]
-            return key_states, value_states
-        past, room = self.tokens, self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
-        if room > 0:
-            self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
-        self.tokens += key_states.shape[2]
-        self.keys[:, :, past : self.tokens] = key_states
-        self.values[:, :, past : self.tokens] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self):
-        """Tokens so far."""
-        return self.tokens
-
-    def get_mask_sizes(self, query_length):
-        """(number of keys that `update` returns for so many new tokens, 0)."""
-        tokens = self.tokens + query_length
-        return (-(-tokens // self.block) * self.block if self.tokens else tokens), 0
-
-
-class TransformersSampler:
-    """Batched sampling with a KV cache through a transformers model.
-
-    model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens:
-    prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
-    """
-
-    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
-        self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
-        if self.model.device.type == "cpu":
-            self.model.set_attn_implementation("decode")
-        self.stop_ids, self.dtype = frozenset(stop_ids), dtype
-        self.max_batch_tokens = max_batch_tokens
-
-    @torch.no_grad()
     def sync(self, weights):
-        """Copy `weights`, (name, tensor) for each parameter: what is sampled from now on comes from the updated policy.
+        """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.
 
-        Raises ValueError where one is missing or unknown.
+        A tied output layer must come under its own name too: the engine may keep a second copy of it.
         """
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        seen = set()
-        for name, weight in weights:
-            if name not in own:
-                raise ValueError(f"sync: the sampler's model has no weight {name}")
-            own[name].copy_(weight)
-            seen.add(name)
-        if seen != own.keys():
-            raise ValueError(f"sync: no weight came for {', '.join(sorted(own.keys() - seen)[:3])}")
+        if self._asleep:
+            torch.cuda.empty_cache()  # what the update has freed
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        self._llm.reset_prefix_cache()  # what it holds was computed with the old weights
 
     def sleep(self):
-        """Nothing to give back: the copy stays."""
+        """Free the weights and the cache on the GPU until the next sync; on CPU there is no such thing."""
+        if self.on_gpu and not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
 
     def close(self):
-        """Nothing to shut down."""
+        """Shut the engine down; there can be one at a time in a process. It takes the default process group with it."""
+        engine = self._llm.llm_engine
+        if unpin := getattr(engine, "_finalizer", None):
+            unpin()  # or a compiled model would keep its weights, which a second engine in the process does not bear
+        engine.engine_core.shutdown()
 
-    @torch.inference_mode()
     def sample(self, prompts, seeds, params):
         """Yield a Response for every prompt as it finishes, in no fixed order.
 
-        prompts: list of token-id lists; seeds: one int each. Raises ValueError for an empty prompt.
+        prompts: list of token-id lists; seeds: one int each. Raises ValueError for a prompt that is empty, or too long for
+        max_model_len.
         """
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory peaks early
-        while order:
-            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]]) + params.max_new_tokens))
-            batch, order = order[:rows], order[rows:]
-            yield from self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], batch, params)
+        longest = max(map(len, prompts), default=0)
+        if longest + params.max_new_tokens > self.max_model_len:  # vllm would cut the response short
+            raise ValueError(f"a prompt of {longest} tokens and a response of {params.max_new_tokens} do not fit in the "
+                             f"sampler's {self.max_model_len} tokens")
+        engine = self._llm.llm_engine
+        try:
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                engine.add_request(str(index), {"prompt_token_ids": prompt}, self._request(seed, params))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answer = output.outputs[0]
+                    logprobs = ([at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids)]
+                                if params.logprobs else [])
+                    yield Response(int(output.request_id), list(answer.token_ids), logprobs,
+                                   answer.finish_reason == "stop")
+        finally:  # also where the caller stops early
+            engine.abort_request([str(index) for index in range(len(prompts))])
 
-    def _sample_batch(self, prompts, seeds, indices, params):
-        device = self.model.device
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal ones are computed once
-        longest = max(map(len, distinct))
-        lefts = [longest - len(prompt) for prompt in distinct]
-        ids = torch.tensor([[0] * left + list(prompt) for left, prompt in zip(lefts, distinct)], device=device)
-        mask = torch.tensor([[0] * left + [1] * (longest - left) for left in lefts], device=device)  # [distinct, longest]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
-        logits = self._forward(ids, mask, positions, cache)
-        rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-        logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
-        cache.batch_select_indices(rows_of)
-        while True:
-            logprobs = filtered_logprobs(logits, params)  # [rows, vocabulary]
-            tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], dtype=torch.float64,
-                                                 device=device))  # [rows]
-            chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() if params.logprobs else None
-            keep = []
-            for row, token in enumerate(tokens.tolist()):
-                response = rows[row][0]
-                response.token_ids.append(token)
-                if params.logprobs:
-                    response.logprobs.append(chosen[row])
-                response.finished = token in self.stop_ids
-                if response.finished or len(response.token_ids) == params.max_new_tokens:
-                    yield response
-                else:
-                    keep.append(row)
-            if not keep:
-                return
-            if len(keep) < len(rows):  # finished rows leave the batch at once
-                rows = [rows[row] for row in keep]
-                kept = torch.tensor(keep, device=device)
-                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-                cache.batch_select_indices(kept)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
-            positions = positions[:, -1:] + 1
-            logits = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
-
-    def _forward(self, ids, mask, positions, cache):
-        """Logits of the token after the last one, [rows, vocabulary]; the cache has these tokens afterwards."""
-        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                       use_cache=True)
-        last = output.last_hidden_state[:, -1]  # [rows, width]; for [rows, 1, width] the weights would be copied
-        return self.model.get_output_embeddings()(last)
+    def _request(self, seed, params):
+        # Our stop tokens and no others end a response; log-probabilities are those of the token that was drawn.
+        return self._vllm.SamplingParams(
+            max_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+            seed=seed, logprobs=0 if params.logprobs else None, stop_token_ids=self.stop_ids, ignore_eos=True,
+            allowed_token_ids=list(params.allowed_token_ids) or None, detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY)

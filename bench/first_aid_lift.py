@@ -17,7 +17,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import Judge, score
 from plumbing.policy import cpu_dtype, load_policy, prompt_ids, stop_ids
-from sampler import SamplingParams, TransformersSampler, address_seed
+from plumbing.transformers_sampler import TransformersSampler
+from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import load_tasks
 

@@ -40,7 +40,8 @@ from output import earlier, write
 from plumbing.config import Config
 from plumbing.policy import prompt_ids
 from plumbing.runs import Run
-from sampler import TransformersSampler, address_seed
+from plumbing.transformers_sampler import TransformersSampler
+from sampler import address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, Task, split_tasks
 

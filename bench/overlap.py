@@ -23,10 +23,9 @@ from tqdm import tqdm
 from judge import ChatJudge, Judge
 from plumbing.chat import ChatClient
 from plumbing.policy import cpu_dtype, load_policy, named_weights, stop_ids
-from rollouts import make_rollouts, sample_and_judge
-from sampler import SamplingParams
+from ruscarl import make_rollouts, sample_and_judge
+from sampler import SamplingParams, VLLMSampler
 from tasks import load_tasks
-from vllm_sampler import VLLMSampler
 
 
 class Afterwards:
@@ -83,7 +82,7 @@ def main():
             rows = {}
             for way, used in (("apart", Afterwards(judge)), ("overlapped", judge)):
                 rollouts = make_rollouts(tasks[2 * round : 2 * round + 2], [0.0] * args.responses, tokenizer, (0, round))
-                rows[way] = sample_and_judge(rollouts, (0, round), sampler, used, tokenizer, params, bar)
+                rows[way] = sample_and_judge(rollouts, sampler, used, tokenizer, params)[1]
                 bar.update()
             sampling, whole = rows["apart"]["time/sample"], rows["apart"]["time/rollout"]
             both = rows["overlapped"]["time/rollout"]

@@ -34,8 +34,9 @@ from lab_report import interval, plus_minus
 from output import write
 from plumbing.policy import prompt_ids
 from plumbing.rules import rule_from_tags
+from plumbing.transformers_sampler import TransformersSampler
 from refine import refine_task, tail_kl, tail_win_rate
-from sampler import SamplingParams, TransformersSampler, address_seed
+from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, split_tasks
 from tools.proposer import RuleProposer, Verifier

@@ -20,11 +20,11 @@ import torch
 from transformers import GenerationConfig
 
 from plumbing.policy import cpu_dtype, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
-from rollouts import make_rollouts
-from sampler import SamplingParams, TransformersSampler
+from plumbing.transformers_sampler import TransformersSampler
+from ruscarl import make_rollouts
+from sampler import SamplingParams, VLLMSampler, vllm_obstacle
 from scaffold import group_ratios
 from tasks import load_tasks
-from vllm_sampler import VLLMSampler, vllm_obstacle
 
 
 def main():

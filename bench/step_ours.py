@@ -7,16 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from tqdm import tqdm
 
 import grpo
 from judge import Judge
 from plumbing.policy import checkpoint_gradients, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
-from rollouts import make_rollouts, sample_and_judge
-from ruscarl import set_advantages
-from sampler import SamplingParams, TransformersSampler, address_seed
+from plumbing.transformers_sampler import TransformersSampler
+from ruscarl import as_sample, make_rollouts, sample_and_judge, set_advantages
+from sampler import SamplingParams, VLLMSampler, address_seed
 from step import FIXED, LR, MICRO_BATCH, TEMPERATURE, Pipe, Work, make_tasks
-from vllm_sampler import VLLMSampler
 
 PARAMS = grpo.LossParams(temperature=TEMPERATURE)
 TOKEN_BUDGET = 2048  # the laptop preset's
@@ -30,24 +28,23 @@ def steps(pipe, work, engine):
     if work.prompt_tokens + work.group_size * work.new_tokens > MICRO_BATCH:  # it would take more memory than TRL's do
         checkpoint_gradients(policy)
     dtype = getattr(torch, work.dtype)
+    policy.compute_dtype = None if dtype == torch.float32 else dtype
     sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens, max_num_seqs=work.samples)
                if engine == "vllm" else TransformersSampler(policy, [], dtype))
     sampler.sync(named_weights(policy))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    tasks, judge, bar = make_tasks(tokenizer, work), Judge(), tqdm(disable=True)
+    tasks, judge = make_tasks(tokenizer, work), Judge()
     params = SamplingParams(work.new_tokens, TEMPERATURE, logprobs=True)
     pipe.ready()
     while pipe.wait():
         began = time.monotonic()
-        address = ("step", pipe.steps)
-        rollouts = make_rollouts(tasks, [0.0] * work.group_size, tokenizer, address)
-        sample_and_judge(rollouts, address, sampler, judge, tokenizer, params, bar)
+        rollouts = make_rollouts(tasks, [0.0] * work.group_size, tokenizer, ("step", pipe.steps))
+        rollouts, _ = sample_and_judge(rollouts, sampler, judge, tokenizer, params)
         sampled = time.monotonic()
         set_advantages(rollouts, work.group_size)
         sampler.sleep()
-        samples = [grpo.Sample(r.plain_ids, r.response_ids, r.advantage, r.plain_ids) for r in rollouts]
-        grpo.update(policy, optimizer, [samples], PARAMS, token_budget=TOKEN_BUDGET,
-                    autocast=None if dtype == torch.float32 else dtype)
+        samples = [as_sample(rollout, "plain") for rollout in rollouts]
+        grpo.update(policy, optimizer, [samples], PARAMS, token_budget=TOKEN_BUDGET)
         sampler.sync(named_weights(policy))
         pipe.answer(sample=sampled - began, update=time.monotonic() - sampled,
                     tokens=sum(len(r.response_ids) for r in rollouts), prompts=sum(len(r.plain_ids) for r in rollouts))
@@ -73,7 +70,8 @@ def losses(pipe, folder):
     for name, old_logps in zip(FIXED, ([None] * work.samples, old)):
         hook = optimizer.register_step_pre_hook(lambda *_, name=name: torch.save(
             [parameter.grad for parameter in policy.parameters()], Path(folder, f"{name}.pt")))
-        samples = [grpo.Sample(*parts) for parts in zip(prompts, responses, advantages, prompts, old_logps)]
+        samples = [grpo.Sample(*parts, old_logp=old_logp)
+                   for *parts, old_logp in zip(prompts, responses, advantages, prompts, old_logps)]
         row = grpo.update(policy, optimizer, [samples], PARAMS, max_grad_norm=float("inf"), token_budget=TOKEN_BUDGET)
         hook.remove()
         pipe.answer(**{key: row[key] for key in ("loss", "grad_norm", "clip_fraction")})

@@ -11,14 +11,13 @@ import json
 import logging
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from plumbing import ranks
+from plumbing import ranks, terminal
 
 FILE_BYTES = 2**27  # a file is put together in memory before it is written
 
@@ -115,7 +114,7 @@ def load_newest(folder, model, optimizer):
     if any(seen != folders for seen in ranks.gather(folders)):
         raise ValueError(f"{folder}: ranks see different checkpoints: --runs must be a folder that all machines share")
     if part.exists():
-        _tell(f"{part}: a half-written checkpoint, not used")
+        terminal.say(f"{part}: a half-written checkpoint, not used")
     for place in reversed(folders):
         reason = next(filter(None, ranks.gather(_missing(place))), None)
         if reason is None:
@@ -128,13 +127,8 @@ def load_newest(folder, model, optimizer):
                 reason = _reason(error)
         if place == folders[0]:
             raise ValueError(f"{place}: unreadable checkpoint: {reason}")
-        _tell(f"{place}: unreadable checkpoint: {reason}; the one before it is used")
+        terminal.say(f"{place}: unreadable checkpoint: {reason}; the one before it is used")
     return 0
-
-
-def _tell(line):
-    if ranks.leader():
-        print(line, file=sys.stderr)
 
 
 def _reason(error):

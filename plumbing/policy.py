@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -230,13 +231,19 @@ def shard(model, device, dtype, offload):
         fully_shard(layer, **options)
     fully_shard(model, reshard_after_forward=True, **options)  # or a forward pass alone would leave it gathered, and rounded
 
-    def sharded_call(function, *args):
-        return function(model, *args)
-
-    # Log-probabilities are computed without model.forward; this makes FSDP gather the embedding and the output layer.
-    model.sharded_call = sharded_call
-    register_fsdp_forward_method(model, "sharded_call")
+    model.gathered_call = lambda function, *args: function(model, *args)
+    register_fsdp_forward_method(model, "gathered_call")  # gathers the embedding and the output layer around the call
     return model
+
+
+def call(model, function, *args):
+    """function(model, *args), in the dtype that the model is to compute in (its attribute compute_dtype, if it has one) and,
+    for a model that `shard` has divided, with what its layers do not gather themselves gathered."""
+    dtype = getattr(model, "compute_dtype", None)
+    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
+        if isinstance(model, FSDPModule):
+            return model.gathered_call(function, *args)
+        return function(model, *args)
 
 
 def prompt_ids(tokenizer, messages):

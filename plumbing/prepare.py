@@ -27,11 +27,11 @@ from plumbing.policy import (
 )
 from plumbing.rules import rule_from_tags
 from plumbing.runs import Run
-from sampler import SamplingParams, TransformersSampler
+from plumbing.transformers_sampler import TransformersSampler
+from sampler import SamplingParams, VLLMSampler, vllm_obstacle
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
 from tools import memory
-from vllm_sampler import VLLMSampler, vllm_obstacle
 
 JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that judges itself
 
@@ -86,8 +86,6 @@ def make_judge(client, tasks, tokenizer, sampler, context):
     if client is not None:
         return Judge(ChatJudge(client))
     say("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)")
-    if not ranks.alone():
-        raise ValueError("--judge self: an engine spread by --tensor-parallel cannot judge; use --judge-url")
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
                            for text in ('{"criteria_met":', " true", " false"))
     if true[0] == false[0]:
@@ -133,12 +131,11 @@ def choose_device(config):
 
 def choose_sampler(config, device):
     """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
-    spread = config.tensor_parallel > 1
     if config.sampler == "transformers":
         return False, "--sampler transformers"
     obstacle = vllm_obstacle(device)
-    if obstacle and (config.sampler == "vllm" or spread):
-        raise ValueError(f"{'--tensor-parallel' if spread else '--sampler vllm'}: {obstacle}")
+    if obstacle and config.sampler == "vllm":
+        raise ValueError(f"--sampler vllm: {obstacle}")
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
@@ -150,7 +147,7 @@ def make_sampler(config, policy, stops, dtype, device, vllm, why, **limits):
     precision = str(dtype).removeprefix("torch.")
     if vllm:
         try:
-            sampler = VLLMSampler(policy.config, stops, dtype, tensor_parallel=config.tensor_parallel, **limits)
+            sampler = VLLMSampler(policy.config, stops, dtype, **limits)
             say(f"sampler: vllm in {precision} ({why})")
             return sampler
         except ValueError as error:
@@ -175,7 +172,7 @@ def set_up(config):
     one line.
     """
     device = choose_device(config)
-    ranks.join(device, config.tensor_parallel)
+    ranks.join(device)
     config.name = ranks.gather(config.name)[0]  # it may have the time in it
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
@@ -204,22 +201,20 @@ def set_up(config):
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
     limits = {"max_model_len": context} if self_judged else {  # what a judge reads is longer than what it judges
         "max_model_len": config.max_prompt_tokens + config.max_new_tokens,
-        "max_num_seqs": memory.samples_at_once(config, config.tensor_parallel)}
+        "max_num_seqs": memory.samples_at_once(config)}
     sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, gpu_memory=gpu_memory,
                            **limits)
     sampler.sleep()  # until the sync: sharding a policy takes room on a GPU
-    sharded = device == "cuda" or ranks.size() > 1
-    autocast = None if device == "cuda" or dtype == torch.float32 else dtype
-    if sharded:
-        shard(policy, device, dtype if autocast is None else torch.float32, offload)
-    reference = None
-    if config.kl > 0:
-        precision = dtype if device == "cuda" else torch.float32
-        reference = load_policy(config.model, dtype=precision)[0].requires_grad_(False)
-        if sharded:
-            shard(reference, device, precision, offload=False)
+    precision = dtype if device == "cuda" else torch.float32  # of the weights that compute; on a GPU FSDP casts the masters
+    reference = load_policy(config.model, dtype=precision)[0].requires_grad_(False) if config.kl > 0 else None
+    for model, offloaded in ((policy, offload), (reference, False)):
+        if model is not None:
+            model.compute_dtype = dtype if dtype != precision else None
+            if device == "cuda" or ranks.size() > 1:
+                shard(model, device, precision, offloaded)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    start = run.load_checkpoint(policy, optimizer) if config.resume else 0
+    if config.resume:
+        run.load_checkpoint(policy, optimizer)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy)
     sampler.sync(named_weights(policy))
@@ -228,4 +223,4 @@ def set_up(config):
     if not all(ranks.gather(run.seen())):
         raise ValueError(f"--runs {config.runs}: not all ranks see it: it must be a folder that all machines share")
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
-                judge=judge, tasks=tasks, held_out=held_out, run=run, start=start, autocast=autocast)
+                judge=judge, tasks=tasks, held_out=held_out, run=run)

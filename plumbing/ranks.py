@@ -1,16 +1,19 @@
-"""Ranks: one run in many processes, which torchrun starts. A process that it did not start is rank 0 of 1.
+"""Ranks: one run in many processes, which torchrun starts. A process that torchrun did not start is rank 0 of 1.
 
 All ranks walk through the same loop, in step:
 
-    share      each samples and judges its part of the rollouts, with its own engine, for as long as it takes
-    together   they meet, by way of a store and not of a collective: nobody's time-out runs while another still judges
-    gather     what each has found is told to all
+    share      each rank samples and judges its part of the rollouts, with its own engine, for as long as it takes
+    together   the ranks meet, through a store and not a collective: no time-out runs while one of them still judges
+    gather     what each rank has found is told to all
+    deal       the packs of an update, one a rank at a time
 
-From there on every rank knows everything and comes to the same advantages, metrics and decisions without asking. The
-update deals out packs (grpo.update); rank 0, the leader, writes and speaks for all.
+After `gather` every rank knows everything and comes to the same advantages, metrics and decisions. Rank 0, the leader,
+writes and speaks for all. A rank that dies ends the others within three minutes: one that waits in a meeting sees that the
+dead one shows no sign of life, and a collective has a time-out, since all ranks enter it together.
 """
 
 import contextlib
+import datetime
 import itertools
 import os
 import signal
@@ -18,19 +21,19 @@ import sys
 import threading
 import time
 
-BEAT = 2  # seconds between two signs of life
-SILENCE = 40  # seconds without one, after which a rank counts as dead,
-PATIENCE = 15  # or after which one that is about to leave waits no longer: torchrun kills it after 30
+BEAT = 3  # seconds between two signs of life
+SILENCE = 60  # seconds without one, after which a rank that others wait for counts as dead,
+PATIENCE = 15  # or for a rank that has been told to stop, which torchrun kills after 30
+COLLECTIVE = 120  # seconds that a collective may take
 
-_rank, _size, _team = 0, 1, 1
+_rank, _size = 0, 1
 _store = None  # where ranks meet; None in a run of one process
 _meetings = 0
 _signal, _heard_at, _obedient = None, 0.0, False
-_alive, _left, _watcher = [], threading.Event(), None  # _alive: when each rank has shown its last sign of life
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked the run to leave. Not an Exception: nothing that handles errors may swallow it."""
+    """SIGINT or SIGTERM asked the run to stop. Not an Exception: nothing that handles errors may swallow it."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -41,14 +44,13 @@ class Lost(RuntimeError):
     """Another rank does not answer any more."""
 
 
-def join(device, team=1):
+def join(device):
     """Become one of torchrun's ranks: the default process group, and this process's GPU where device is "cuda".
 
-    Without torchrun a group of one is made on a GPU, before an engine makes its own, which has no CPU side; on a CPU there
-    is none. team: ranks that sample together because one engine is spread over them (tensor parallelism). Raises
-    ValueError where ranks cannot be divided into teams.
+    Without torchrun, a group of one is made on a GPU, before vLLM makes its own, which has no CPU side; on a CPU there is
+    none. Raises ValueError where a machine has fewer GPUs than ranks.
     """
-    global _rank, _size, _team, _store, _alive, _watcher
+    global _rank, _size, _store
     import torch
     import torch.distributed as dist
 
@@ -59,81 +61,58 @@ def join(device, team=1):
             if local >= gpus:
                 raise ValueError(f"rank {os.environ['RANK']}: more processes were started here than there are GPUs ({gpus})")
             torch.cuda.set_device(local)
-            if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun says so, but the host updates what is offloaded
+            if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default, but the host updates what is offloaded
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         store, _rank, _size = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size,
+                                timeout=datetime.timedelta(seconds=COLLECTIVE))
         _store = dist.PrefixStore("meetings", store)
     elif device == "cuda" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if _size > 1:
         _store.set(f"alive/{_rank}", "")
+        # A connection of its own: while one is used to wait for something, it serves no other thread.
+        threading.Thread(target=_show_life, args=(_store.clone(),), daemon=True).start()
         meet()
-        _alive = [time.monotonic()] * _size
-        # A connection of its own, for while one is used to wait for something, it serves no other thread.
-        _watcher = threading.Thread(target=_watch, args=(_store.clone(),), daemon=True)
-        _watcher.start()
-    check_teams(_size, team)
-    _team = team
 
 
-def check_teams(size, team):
-    """Raise ValueError where `size` ranks cannot be divided into teams of `team`."""
-    if size % team:
-        raise ValueError(f"--tensor-parallel {team}: the number of ranks, {size}, cannot be divided by it")
+def _show_life(store):
+    """Set this rank's sign of life, again and again, until the process or the store ends."""
+    with contextlib.suppress(RuntimeError):  # the store has ended; a meeting tells
+        for beat in itertools.count():
+            store.set(f"alive/{_rank}", str(beat))
+            time.sleep(BEAT)
 
 
-def _watch(store):
-    """Show the others that this rank lives, hear from them who has been told to leave, and end this rank when one is dead.
+def _gone(others, heard):
+    """Those of the ranks `others` that have shown no new sign of life for SILENCE seconds (PATIENCE, after a signal).
 
-    Where all are on one machine torchrun does so, and faster; of the ranks on another it knows nothing.
+    heard: {rank: (its last sign, when it was new)}, kept by the caller from one call to the next.
     """
-    keys, heard = [f"alive/{other}" for other in range(_size)], [b""] * _size
-    for beat in itertools.count():
-        try:
-            store.set(keys[_rank], "left" if _left.is_set() else str(beat))
-            if _left.is_set():
-                return
-            if _signal is not None:
-                store.set("told to leave", str(_signal))
-            elif store.check(["told to leave"]):
-                os.kill(os.getpid(), int(store.get("told to leave")))
-            for other, said in enumerate(store.multi_get(keys)):
-                if said != heard[other] or said == b"left":
-                    heard[other], _alive[other] = said, time.monotonic()
-            dead = _dead(SILENCE)
-        except RuntimeError:  # torchrun has ended. A meeting would notice it, too, and end better
-            if _left.wait(PATIENCE):
-                return
-            dead = ["that kept the store"]
-        if dead:
-            print(f"rank {_rank}: stopped: rank {', '.join(map(str, dead))} is gone", file=sys.stderr, flush=True)
-            os._exit(1)
-        _left.wait(BEAT)
+    now = time.monotonic()
+    for other in others:
+        sign = _store.get(f"alive/{other}")
+        if other not in heard or heard[other][0] != sign:
+            heard[other] = sign, now
+    limit = SILENCE if _signal is None else PATIENCE
+    return [other for other in others if now - heard[other][1] > limit]
 
 
-def _dead(seconds):
-    """Ranks that have shown no sign of life for so many seconds."""
-    return [other for other, last in enumerate(_alive) if time.monotonic() - last > seconds]
+def lost(error):
+    """What an error means: Lost where another rank is gone, in a meeting or in a collective, else None."""
+    import torch.distributed as dist
 
-
-def lost():
-    """After an error in a collective: the Lost that explains it, if another rank turns out to be dead; else None."""
-    began = time.monotonic()
-    while _size > 1 and time.monotonic() - began < PATIENCE + 2 * BEAT:
-        if dead := _dead(PATIENCE):
-            return Lost(f"rank {', '.join(map(str, dead))} is gone")
-        time.sleep(0.1)
+    if isinstance(error, Lost):
+        return error
+    if _size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return Lost("another rank is gone, or has stopped for the reason that it gives itself")
     return None
 
 
 def leave():
-    """Give up the group, when all do: at the end of a run, or where all stop together."""
+    """Give up the process group, when all ranks do: at the end of a run, or where all stop together."""
     import torch.distributed as dist
 
-    _left.set()
-    if _watcher is not None:
-        _watcher.join()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -154,28 +133,29 @@ def leader():
 
 
 def silent():
-    """tqdm's `disable`: one bar is enough, and none (None) where there is no terminal."""
+    """tqdm's `disable`: one progress bar is enough, and none (None) where there is no terminal."""
     return None if leader() else True
 
 
-def speaks():
-    """Whether this rank speaks for its team, all of which sample the same."""
-    return _rank % _team == 0
-
-
-def alone():
-    """Whether this rank samples by itself, not in a team."""
-    return _team == 1
-
-
 def share(items):
-    """This rank's part of `items`, a contiguous one; the ranks of a team have the same."""
-    team, teams = _rank // _team, _size // _team
-    return items[len(items) * team // teams : len(items) * (team + 1) // teams]
+    """This rank's part of `items`, a contiguous one."""
+    return items[len(items) * _rank // _size : len(items) * (_rank + 1) // _size]
+
+
+def deal(packs):
+    """Deal `packs` to the ranks, the largest first: yields (pack, 1), or (pack, 0) for one that another rank counts.
+
+    All ranks give the same packs and get as many, because the collectives of a sharded model must match: in the last turn a
+    rank that would go without runs the turn's smallest pack, and what comes out is multiplied by 0.
+    """
+    packs = sorted(packs, key=lambda pack: -pack.ids.numel())
+    for i in range(0, len(packs), _size):
+        turn = packs[i : i + _size]
+        yield turn[min(_rank, len(turn) - 1)], int(_rank < len(turn))
 
 
 def gather(item):
-    """[each rank's `item`], in the order of ranks. A collective: for when all are known to be there."""
+    """[each rank's `item`], in the order of ranks. A collective: all ranks have to be about to call it."""
     if _size == 1:
         return [item]
     import torch.distributed as dist
@@ -188,34 +168,36 @@ def gather(item):
 def meet(word=0):
     """Wait until all ranks are here; [each rank's `word`], an int. Polls, so that a signal is heard meanwhile.
 
-    Raises Lost where a rank that has not come is dead, which torchrun knows, who told this one to leave.
+    Raises Lost where a rank that has not come shows no sign of life for SILENCE seconds, or the store is gone.
     """
     global _meetings
     if _size == 1:
         return [word]
     _meetings += 1
-    keys, pause = [f"{_meetings}/{other}" for other in range(_size)], 0.001
+    keys, heard, pause, waited = [f"{_meetings}/{other}" for other in range(_size)], {}, 0.001, 0.0
     try:
         _store.set(keys[_rank], str(word))
         while not _store.check(keys):
-            dead = _dead(PATIENCE) if _signal is not None else []
-            if missing := [str(other) for other in dead if not _store.check([keys[other]])]:
-                raise Lost(f"rank {', '.join(missing)} is gone")
             time.sleep(pause := min(0.2, 1.5 * pause))
+            waited += pause
+            if waited > BEAT:
+                waited = 0.0
+                if gone := _gone([other for other in range(_size) if not _store.check([keys[other]])], heard):
+                    raise Lost(f"rank {', '.join(map(str, gone))} is gone")
         words = [int(_store.get(key)) for key in keys]
-        if leader() and _meetings > 1:  # everybody has read the last one's
+        if leader() and _meetings > 1:  # everybody has read the last meeting's
             for other in range(_size):
                 _store.delete_key(f"{_meetings - 1}/{other}")
     except Lost:
         raise
-    except RuntimeError:  # the store's
-        raise Lost("the place where ranks meet is gone") from None
+    except RuntimeError:
+        raise Lost("the store in which ranks meet is gone") from None
     return words
 
 
 @contextlib.contextmanager
 def together():
-    """Around what a rank does alone; all come out of it at the same time.
+    """Around what a rank does alone; all ranks come out of it at the same time.
 
     Inside, SIGINT and SIGTERM are obeyed at once; one that comes at another time waits until here, so that what ranks do
     with each other, such as an update, is done whole. A signal that any rank has got makes all raise Interrupted.
@@ -225,12 +207,12 @@ def together():
         if _signal is not None:
             raise Interrupted(_signal)
         try:
-            _obedient = alone()  # a team's engine would wait forever for a member that has left it
+            _obedient = True
             yield
         finally:
             _obedient = False
     except Interrupted:
-        pass  # for now: the others are to hear of it at the meeting, and all raise it together
+        pass  # the others hear of it at the meeting, and all raise it there together
     if number := max(meet(_signal or 0)):
         raise Interrupted(number)
 

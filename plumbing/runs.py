@@ -18,7 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from plumbing import ranks
+from plumbing import ranks, terminal
+
+
+class Stopped(RuntimeError):
+    """The run cannot go on; the message says why."""
+
 
 
 def saved_config(runs, name):
@@ -120,7 +125,7 @@ class Run:
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         self.config = config
-        self.steps_done, self._saved = 0, None
+        self.steps_done, self._saved, self._skipped, self._began = 0, None, 0, 0.0
         self.folder = Path(config.runs) / config.name
         self.metrics = self.folder / "metrics.jsonl"
         if self.folder.exists() and not config.resume:
@@ -149,9 +154,36 @@ class Run:
             time.sleep(0.5)
         return found
 
+    def steps(self):
+        """The numbers of the steps that are left, behind a progress bar; `finish_step` ends each of them."""
+        with terminal.progress(self.config.steps, self.steps_done, "step"):
+            for step in range(self.steps_done, self.config.steps):
+                self._began = time.monotonic()
+                yield step
+
+    def finish_step(self, step, row, rollouts, policy, optimizer):
+        """Log a step and what it sampled, show it, and keep a checkpoint where one is due.
+
+        Raises Stopped after --max-skipped steps in a row whose gradient was not finite, which will not mend itself.
+        """
+        seconds = time.monotonic() - self._began
+        row = {"step": step, **row, "time/total": seconds, "time/step": seconds - row.get("time/eval", 0.0)}
+        row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
+        self.save_rollouts(f"step_{step:05d}", rollouts)
+        self.log(row)
+        self.steps_done = step + 1
+        self._skipped = self._skipped + 1 if row["skipped_steps"] else 0
+        if self._skipped >= self.config.max_skipped:
+            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower "
+                          "--lr, or look at the last rollouts")
+        if self.steps_done % self.config.save_every == 0 or self.steps_done == self.config.steps:
+            terminal.phase("saving")
+            self.save_checkpoint(policy, optimizer)
+        if ranks.leader():
+            terminal.step_line(row, rollouts, show_sample=step % self.config.eval_every == 0)
+
     def log(self, row):
         """Append a row to metrics.jsonl and send it to the tracker; None and non-finite numbers are left out."""
-        self.steps_done += "time/step" in row
         if not ranks.leader():
             return
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}

@@ -2,7 +2,15 @@
 
 import json
 import re
+import sys
 import textwrap
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from plumbing import ranks
+
+_bar = tqdm(disable=True)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # but white space that only moves on
 
@@ -17,7 +25,33 @@ def one_line(text):
     return printable(" ".join(text.split()))
 
 
-def step_line(bar, row, rollouts, show_sample):
+@contextmanager
+def progress(total, done, unit):
+    """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it."""
+    global _bar
+    with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=ranks.silent()) as _bar:
+        yield
+    _bar = tqdm(disable=True)
+
+
+def phase(text):
+    """Say on the progress bar, if there is one, what is being done just now."""
+    _bar.set_description(text)
+
+
+def advance(by=1):
+    """Move the progress bar."""
+    _bar.set_description("")
+    _bar.update(by)
+
+
+def say(line):
+    """A line for the person in front, above any progress bar; once, however many ranks there are."""
+    if ranks.leader():
+        tqdm.write(line, sys.stderr)
+
+
+def step_line(row, rollouts, show_sample):
     """One line of the numbers that matter, and with show_sample the best response of the step."""
     reward, plain = ("-" if row.get(key) is None else f"{row[key]:+.3f}" for key in ("reward/mean", "reward/unscaffolded"))
     parts = [f"step {row['step']:3d}", f"reward {reward}", f"plain {plain}",
@@ -28,15 +62,14 @@ def step_line(bar, row, rollouts, show_sample):
               f"updated {row['time/update']:.0f} s"]
     if "eval/score" in row:
         parts.append(f"held out {row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}")
-    bar.set_description("")
-    bar.write("  ".join(parts))
-    bar.update()
+    tqdm.write("  ".join(parts))
+    advance()
     judged = [r for r in rollouts if r.reward is not None]
     if show_sample and judged:
         best = max(judged, key=lambda r: r.reward)
         shown = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
                  f"reward {best.reward:+.2f}) {best.text}\n")
-        bar.write(textwrap.indent(printable(shown), "    | "))
+        tqdm.write(textwrap.indent(printable(shown), "    | "))
 
 
 def summary(run, config):
@@ -78,3 +111,9 @@ def side_by_side(left, right, width=58):
     for i in range(max(map(len, columns))):
         a, b = (column[i] if i < len(column) else "" for column in columns)
         print(f"{a:{width}s}  |  {b}")
+
+
+def run_command(prog, main):
+    status = main()
+    sys.stdout.flush()
+    sys.exit(status)

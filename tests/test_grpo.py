@@ -159,7 +159,8 @@ def test_old_logprobs_of_later_mini_batches_are_from_before_the_first_step():
     model, samples = tiny_model(1), make_samples()
     before = [naive_logprobs(model, s.prompt_ids, s.response_ids).detach() for s in samples]
     stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.5), [samples[:4], samples[4:]], LossParams())
-    for sample, old in zip(samples, before, strict=True):
+    assert all(sample.old_logp is None for sample in samples[:4])  # there the ratio begins at 1
+    for sample, old in zip(samples[4:], before[4:], strict=True):
         assert torch.allclose(sample.old_logp, old, atol=1e-5)
     assert abs(stats["approx_kl"]) > 1e-5  # the second mini-batch really saw a changed policy
 
@@ -225,7 +226,7 @@ def test_a_model_that_keeps_the_pack_from_its_attention_fails():
 def test_entropy_and_chunks():
     model = tiny_model(1)
     pack = make_packs([[5, 6, 7]], [[8, 9, 10, 11]], 100)[0]
-    logp, entropy = response_logprobs(model, pack, 0.5, with_entropy=True, chunk=3)
+    logp, entropy = response_logprobs(model, pack, 0.5, chunk=3)
     logits = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits[0, 2:-1] / 0.5
     assert torch.allclose(entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
     assert torch.allclose(logp, naive_logprobs(model, [5, 6, 7], [8, 9, 10, 11], 0.5), atol=1e-5)

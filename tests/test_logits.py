@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from conftest import ROOT
-from plumbing.logits import TargetLogprobs
+from plumbing.packs import TargetLogprobs
 
 # Peak of a forward and backward pass above what was there before, in a process of its own; and again with more tokens.
 MEASURE = """
 import ctypes, sys
 from pathlib import Path
 import torch
-from plumbing.logits import TargetLogprobs
+from plumbing.packs import TargetLogprobs
 from plumbing.policy import keep_freed_memory
 
 def status(name):

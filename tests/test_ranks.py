@@ -91,18 +91,17 @@ def test_when_one_dies_the_others_end_within_a_minute(flags, whole, tmp_path, dy
     assert terminal.process.wait(timeout=90) == 1
     assert time.monotonic() - start < 60
     assert not any(os.path.exists(f"/proc/{process}") for process in started.values())
-    assert f"stopped: rank {dying} is gone; continue with --resume" in terminal.text
+    assert "is gone" in terminal.text and "; continue with --resume" in terminal.text
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "dead", "--resume")
     assert status == 0, err
     same(rows(tmp_path / "runs" / "dead"), whole)
 
 
 @needs_vllm
-def test_every_rank_has_its_engine_or_all_share_one(flags, tmp_path):
+def test_every_rank_has_its_engine(flags, tmp_path):
     short = [*flags, "--sampler", "vllm", "--steps", "2", "--eval-every", "2", "--check-sync"]
-    for name, how in (("one", ()), ("two", TORCHRUN), ("shared", TORCHRUN)):
-        more = ["--tensor-parallel", "2"] if name == "shared" else []
-        status, _, err, _ = command(*how, RUN, *short, *more, "--name", name, timeout=300)
+    for name, how in (("one", ()), ("two", TORCHRUN)):
+        status, _, err, _ = command(*how, RUN, *short, "--name", name, timeout=300)
         assert status == 0 and "check-sync: mean gap" in err and "Traceback" not in err, err
         same(*(rows(tmp_path / "runs" / run) for run in (name, "one")))
 
@@ -132,7 +131,7 @@ def test_a_rank_that_dies_on_another_machine_ends_this_one(tmp_path):
                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
     err = nodes[0].communicate(timeout=120)[1]
     nodes[1].communicate(timeout=60)
-    assert nodes[0].returncode == nodes[1].returncode == 1 and "rank 0: stopped: rank 1 is gone" in err, err
+    assert nodes[0].returncode == nodes[1].returncode == 1 and "rank 0: rank 1 is gone" in err, err
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +143,6 @@ def test_what_is_one_process_is_not_started_many_times(name, monkeypatch, capsys
 
 @pytest.mark.parametrize("mistake, message", [
     (["--steps", "0"], "--steps must be above 0"), (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
-    (["--tensor-parallel", "3", "--sampler", "auto"], "--tensor-parallel 3: the number of ranks, 2, cannot"),
 ])
 def test_a_mistake_is_told_once(flags, mistake, message):
     status, out, err, _ = command(*TORCHRUN, RUN, *flags, *mistake)

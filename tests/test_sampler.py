@@ -8,7 +8,8 @@ import torch
 import grpo
 from conftest import tiny_model
 from plumbing.policy import named_weights
-from sampler import SamplingParams, TransformersSampler, address_seed, decode_attention, draw, filtered_logprobs
+from plumbing.transformers_sampler import TransformersSampler, decode_attention, draw, filtered_logprobs
+from sampler import SamplingParams, address_seed
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
 

@@ -1,15 +1,14 @@
 """What the ranks of test_ranks.py do; torchrun starts it. Also imported there, for one rank to do the same."""
 
-import datetime
-import functools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 import grpo
@@ -18,7 +17,7 @@ from plumbing.policy import named_weights, shard
 from test_grpo import make_samples, nudged, tiny_model
 
 
-def gradients(ratio, autocast=None):
+def gradients(ratio, compute_dtype=None):
     """{name: tensor} of loss, statistics and gradients of the first step, and the weights after a second one.
 
     Plain gradient descent at learning rate 1 leaves the gradient as the difference of weights. 3 packs and 2 ranks: in the
@@ -29,6 +28,7 @@ def gradients(ratio, autocast=None):
     if ranks.size() > 1:
         shard(policy, "cpu", torch.float32, offload=False)
         shard(reference, "cpu", torch.float32, offload=False)
+    policy.compute_dtype = reference.compute_dtype = compute_dtype
     optimizer = torch.optim.SGD(policy.parameters(), lr=1)
     params, found = grpo.LossParams(kl_coef=0.1), {}
     for step in (1, 2):
@@ -36,9 +36,7 @@ def gradients(ratio, autocast=None):
         for sample in samples:
             sample.old_prompt_ids = [3, *sample.prompt_ids] if ratio == "unbiased" else sample.prompt_ids
             sample.importance = torch.linspace(0.5, 1.5, len(sample.response_ids))
-        stats = grpo.update(policy, optimizer, [samples], params, reference=reference, token_budget=60, max_grad_norm=1e9,
-                            autocast=autocast)
-        assert all(sample.old_logp is not None for sample in samples)  # every rank knows those of all
+        stats = grpo.update(policy, optimizer, [samples], params, reference=reference, token_budget=60, max_grad_norm=1e9)
         after = {name: weight.clone() for name, weight in named_weights(policy)}
         found |= {f"{step}.{name}": before[name] - weight for name, weight in after.items()}
         found |= {f"{step}.{name}": torch.tensor(value) for name, value in stats.items()}
@@ -59,7 +57,7 @@ CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", t
 
 def wait_for_a_judge(folder):
     """One rank takes three times as long as the group's time-out before it meets the others."""
-    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=2))
+    ranks.COLLECTIVE = 2
     ranks.join("cpu")
     with ranks.together():
         time.sleep(6 * ranks.rank())
@@ -95,23 +93,26 @@ def die_elsewhere(folder):
     """Rank 1 dies; rank 0, whose torchrun knows nothing of it, waits for it at a meeting."""
     ranks.BEAT, ranks.SILENCE = 0.5, 3
     ranks.join("cpu")
-    with ranks.together():
-        if not ranks.leader():
-            os._exit(9)
-    (Path(folder) / "came together").touch()
+    try:
+        with ranks.together():
+            if not ranks.leader():
+                os._exit(9)
+        (Path(folder) / "came together").touch()
+    except ranks.Lost as lost:
+        print(f"rank 0: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def leave_late(folder):
-    """Only one rank is told to leave, in the middle of an update that takes longer than PATIENCE: both come out of it."""
-    ranks.BEAT, ranks.PATIENCE = 0.2, 1
+    """Only one rank is told to stop; the other needs longer than PATIENCE for what it does: both come out of it."""
+    ranks.BEAT, ranks.PATIENCE = 0.2, 2
     ranks.join("cpu")
     ranks.listen()
     if ranks.leader():
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(3)
     try:
         with ranks.together():
-            time.sleep(1 if ranks.leader() else 60)
+            time.sleep(60 if ranks.leader() else 5)  # the leader does not begin it
     except ranks.Interrupted as interrupted:
         assert interrupted.status == 143
         ranks.gather((Path(folder) / f"left {ranks.rank()}").touch())
@@ -119,11 +120,11 @@ def leave_late(folder):
 
 
 def start_late(folder):
-    """One rank comes to a collective later than a dead one would be missed: the one that waits still shows that it lives."""
+    """One rank comes to a meeting later than a dead one would be missed: it shows that it lives."""
     ranks.BEAT, ranks.SILENCE = 0.2, 2
     ranks.join("cpu")
     time.sleep(5 * ranks.rank())
-    dist.new_group([0, 1])
+    ranks.meet()
     (Path(folder) / f"came {ranks.rank()}").touch()
     ranks.leave()
 

@@ -103,3 +103,7 @@ def calibrate(judge):
     for text, count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:5]:
         print(f"  {count:3d} of {total[text]:3d}  {text}")
     return agreement(truth, verdicts), balanced_f1(truth, verdicts)
+
+
+def check_sync(config, policy, sampler, held_out, tokenizer):
+    raise NotImplementedError

@@ -14,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-import grpo
-from vllm_sampler import cpu_cache_bytes, kv_bytes_per_token
+from plumbing import packs
+from sampler import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
 # Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
@@ -83,9 +83,10 @@ def activation_bytes(model_config, question, responses, weights_dtype, autocast,
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         number, each = responses
         tokens = question + number * each
-        pack = grpo.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0]
-        with grpo.precision(model, autocast), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            grpo.response_logprobs(model, pack, with_entropy=True)
+        pack = packs.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0]
+        model.compute_dtype = autocast
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            packs.response_logprobs(model, pack)
         total = sum(storage.nbytes() for storage in kept.values())
     text = model_config.get_text_config()
     layer = total / text.num_hidden_layers
@@ -94,7 +95,7 @@ def activation_bytes(model_config, question, responses, weights_dtype, autocast,
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
     # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
     # and under autocast once more in halves, with the layer itself.
-    logits = (3 * grpo.CHUNK + (1 if autocast is None else 2) * text.hidden_size) * text.vocab_size * 4
+    logits = (3 * packs.CHUNK + (1 if autocast is None else 2) * text.hidden_size) * text.vocab_size * 4
     return total, layer + logits
 
 

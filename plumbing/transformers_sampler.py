@@ -1,0 +1,209 @@
+"""Sampling with transformers: batches with a key-value cache. What samples where vLLM does not run; needs nothing else."""
+
+import copy
+import random
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from plumbing.policy import cast
+from sampler import Response
+
+
+def filtered_logprobs(logits, params):
+    """Log-probabilities of the distribution that is drawn from: temperature, then top-k, then top-p, renormalised.
+
+    logits: [rows, vocabulary], any float type. Returns float32 [rows, vocabulary], -inf where a token is filtered out.
+    Top-p keeps the smallest set of likeliest tokens whose probability reaches top_p (at least one token). At
+    temperature 0 all probability is on the likeliest token.
+    """
+    logits = logits.float()
+    if params.allowed_token_ids:
+        allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
+        logits = torch.full_like(logits, -torch.inf).index_copy_(-1, allowed, logits[:, allowed])
+    if params.temperature == 0:
+        best = torch.full_like(logits, -torch.inf)
+        return best.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.shape[-1]:
+        kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if params.top_p < 1:
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        before = probs.cumsum(-1) - probs  # probability of everything likelier
+        drop = (before >= params.top_p).scatter(-1, order, before >= params.top_p)
+        logits = logits.masked_fill(drop, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+def draw(logprobs, uniforms):
+    """One token a row by inverse transform. logprobs: [rows, vocabulary]; uniforms: float64 [rows] in [0, 1).
+
+    Summed in float64: in float32, a large vocabulary's sum would swallow its unlikeliest tokens. Returns [rows].
+    """
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    threshold = uniforms.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logprobs.shape[-1] - 1)
+
+
+def decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention of one new token a row against the cache; anything longer goes to PyTorch's own kernel.
+
+    query: [rows, heads, 1, width]; key, value: [rows, kv heads, cached, width]. Query heads that share a key head are
+    stacked instead of the keys being repeated for each: the cache is read once. On CPU this halves a decoding step.
+    """
+    rows, heads, length, width = query.shape
+    if length > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads per kv head, width]
+    if attention_mask is not None:  # [rows, 1, 1, cached], True where it may look
+        attention_mask = attention_mask.expand(-1, -1, grouped.shape[2], -1)
+    if value.dtype == torch.float32:  # in which PyTorch's kernel takes longer than the products
+        scores = grouped @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        output = scores.softmax(-1) @ value
+    else:
+        output = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register("decode", decode_attention)
+AttentionMaskInterface.register("decode", sdpa_mask)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
+
+    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it. There is what TransformersSampler
+    needs, no reset and no crop.
+    """
+
+    block, tokens = 64, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append the keys and values of new tokens, each [rows, kv heads, new, width]; returns all of them and the room."""
+        if not self.tokens:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            self.tokens = key_states.shape[2]
+            return key_states, value_states
+        past, room = self.tokens, self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
+        if room > 0:
+            self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
+        self.tokens += key_states.shape[2]
+        self.keys[:, :, past : self.tokens] = key_states
+        self.values[:, :, past : self.tokens] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        """Tokens so far."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length):
+        """(number of keys that `update` returns for so many new tokens, 0)."""
+        tokens = self.tokens + query_length
+        return (-(-tokens // self.block) * self.block if self.tokens else tokens), 0
+
+
+class TransformersSampler:
+    """Batched sampling with a KV cache through a transformers model.
+
+    model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens:
+    prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
+    """
+
+    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
+        self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
+        if self.model.device.type == "cpu":
+            self.model.set_attn_implementation("decode")
+        self.stop_ids, self.dtype = frozenset(stop_ids), dtype
+        self.max_batch_tokens = max_batch_tokens
+
+    @torch.no_grad()
+    def sync(self, weights):
+        """Copy `weights`, (name, tensor) for each parameter: what is sampled from now on comes from the updated policy.
+
+        Raises ValueError where one is missing or unknown.
+        """
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        seen = set()
+        for name, weight in weights:
+            if name not in own:
+                raise ValueError(f"sync: the sampler's model has no weight {name}")
+            own[name].copy_(weight)
+            seen.add(name)
+        if seen != own.keys():
+            raise ValueError(f"sync: no weight came for {', '.join(sorted(own.keys() - seen)[:3])}")
+
+    def sleep(self):
+        """Nothing to give back: the copy stays."""
+
+    def close(self):
+        """Nothing to shut down."""
+
+    @torch.inference_mode()
+    def sample(self, prompts, seeds, params):
+        """Yield a Response for every prompt as it finishes, in no fixed order.
+
+        prompts: list of token-id lists; seeds: one int each. Raises ValueError for an empty prompt.
+        """
+        if not all(prompts):
+            raise ValueError("an empty prompt cannot be continued")
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory peaks early
+        while order:
+            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]]) + params.max_new_tokens))
+            batch, order = order[:rows], order[rows:]
+            yield from self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], batch, params)
+
+    def _sample_batch(self, prompts, seeds, indices, params):
+        device = self.model.device
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # equal ones are computed once
+        longest = max(map(len, distinct))
+        lefts = [longest - len(prompt) for prompt in distinct]
+        ids = torch.tensor([[0] * left + list(prompt) for left, prompt in zip(lefts, distinct)], device=device)
+        mask = torch.tensor([[0] * left + [1] * (longest - left) for left in lefts], device=device)  # [distinct, longest]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
+        logits = self._forward(ids, mask, positions, cache)
+        rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+        logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
+        cache.batch_select_indices(rows_of)
+        while True:
+            logprobs = filtered_logprobs(logits, params)  # [rows, vocabulary]
+            tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], dtype=torch.float64,
+                                                 device=device))  # [rows]
+            chosen = logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist() if params.logprobs else None
+            keep = []
+            for row, token in enumerate(tokens.tolist()):
+                response = rows[row][0]
+                response.token_ids.append(token)
+                if params.logprobs:
+                    response.logprobs.append(chosen[row])
+                response.finished = token in self.stop_ids
+                if response.finished or len(response.token_ids) == params.max_new_tokens:
+                    yield response
+                else:
+                    keep.append(row)
+            if not keep:
+                return
+            if len(keep) < len(rows):  # finished rows leave the batch at once
+                rows = [rows[row] for row in keep]
+                kept = torch.tensor(keep, device=device)
+                tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+                cache.batch_select_indices(kept)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
+            positions = positions[:, -1:] + 1
+            logits = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
+
+    def _forward(self, ids, mask, positions, cache):
+        """Logits of the token after the last one, [rows, vocabulary]; the cache has these tokens afterwards."""
+        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                       use_cache=True)
+        last = output.last_hidden_state[:, -1]  # [rows, width]; for [rows, 1, width] the weights would be copied
+        return self.model.get_output_embeddings()(last)
