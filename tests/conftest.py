@@ -121,23 +121,24 @@ class Starter:
 
     servers = []
 
-    def __call__(self, *args, env=None, stdout, stderr, fresh=False, signalled=None):
+    def __call__(self, *args, env=None, stdout, stderr, fresh=False, **limits):
         """A process (with Popen's functions) that does `args`: a script with its arguments, in the project's folder.
 
         env: changes of the environment. stdout, stderr: file descriptors. fresh: in a new interpreter, not a fork of one
-        that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. signalled:
-        the signal that the process gets, and when: see fork_server.signal_when.
+        that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. limits:
+        signalled (a signal that the process gets, and when) and largest_file, see fork_server.
         """
         env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         if fresh or not str(args[0]).endswith(".py") or sys.platform != "linux":
-            assert signalled is None
+            if limits:
+                pytest.skip("needs a fork server, which needs Linux")
             return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=stderr, env=env,
                                     stdin=subprocess.DEVNULL)
         if not self.servers:
             self.servers.append(ForkServer(PRELOADED, {
                 **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))
         modules = ["vllm_preloaded"] if "vllm" in args else []
-        return self.servers[0].start(args, env, stdout, stderr, modules, signalled)
+        return self.servers[0].start(args, env, stdout, stderr, modules, **limits)
 
 
 start = Starter()
@@ -149,11 +150,11 @@ def pytest_unconfigure():
         server.close()
 
 
-def command(*args, env=None, timeout=PATIENCE, fresh=False, signalled=None):
+def command(*args, timeout=PATIENCE, **options):
     """(exit status, stdout, stderr, CPU seconds) of a command; see Starter for the arguments."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = start(*args, env=env, stdout=out.fileno(), stderr=err.fileno(), fresh=fresh, signalled=signalled)
+        process = start(*args, stdout=out.fileno(), stderr=err.fileno(), **options)
         try:
             status = process.wait(timeout)
         finally:
@@ -256,12 +257,12 @@ def rows(folder):
 class Terminal:
     """A command whose progress bar is read, as on a terminal: what it shows says where in a step it is."""
 
-    def __init__(self, *args, env=None, signalled=None):
+    def __init__(self, *args, **options):
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 150))
         self.text, self.ours = "", ours
         with open(os.devnull, "w") as nowhere:
-            self.process = start(*args, env=env, stdout=nowhere.fileno(), stderr=theirs, signalled=signalled)
+            self.process = start(*args, stdout=nowhere.fileno(), stderr=theirs, **options)
         os.close(theirs)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -285,6 +286,32 @@ class Terminal:
         status = self.process.wait(timeout=PATIENCE)
         self._reader.join(timeout=10)
         return status
+
+
+class Ranks:
+    """A command in two processes, as torchrun would start them; but nobody ends one when the other dies.
+
+    The leader has a Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
+    """
+
+    def __init__(self, *args, signalled=None):
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+        self._file = tempfile.TemporaryFile()
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+               "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        self._terminal = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
+        self.processes = {0: self._terminal.process, 1: start(
+            *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"}, stdout=self._file.fileno(), stderr=self._file.fileno())}
+
+    def wait(self):
+        """The ranks' exit statuses."""
+        return [self._terminal.wait(), self.processes[1].wait(PATIENCE)]
+
+    @property
+    def text(self):
+        """What they have said on stderr."""
+        self._file.seek(0)
+        return self._terminal.text + self._file.read().decode(errors="replace")
 
 
 def shows(phase, step):

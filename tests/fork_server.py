@@ -4,18 +4,23 @@ A child is a process of its own: streams, environment, signals, memory and exit 
 is spared, so some tests start a new interpreter instead (conftest.command with fresh=True). Needs Linux.
 """
 
+import contextlib
 import gc
 import importlib
 import json
 import os
 import re
+import resource
 import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 1 << 17  # bytes of a request: arguments and environment
@@ -64,14 +69,15 @@ class ForkServer:
                                         pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
 
-    def start(self, arguments, environment, stdout, stderr, modules=(), signalled=None):
+    def start(self, arguments, environment, stdout, stderr, modules=(), signalled=None, largest_file=None):
         """A Process: the Python script arguments[0] with the other arguments, in the project's folder.
 
         stdout, stderr: file descriptors. modules: to be imported in the server first. signalled: see `signal_when`.
+        largest_file: bytes of the largest file that it can write.
         """
         ours, theirs = os.pipe()
         request = {"arguments": [str(argument) for argument in arguments], "environment": dict(environment),
-                   "modules": list(modules), "signalled": signalled}
+                   "modules": list(modules), "signalled": signalled, "largest_file": largest_file}
         socket.send_fds(self._socket, [json.dumps(request).encode()], [stdout, stderr, theirs])
         os.close(theirs)
         ended = os.fdopen(ours)
@@ -115,7 +121,8 @@ def load(modules):
     """Import what is not imported yet; children need not look at it when they collect garbage."""
     if any(name not in sys.modules for name in modules):
         for name in modules:
-            importlib.import_module(name)
+            with contextlib.suppress(Exception):  # the command will say what is wrong with it
+                importlib.import_module(name)
         gc.collect()
         gc.freeze()
 
@@ -164,12 +171,15 @@ def signal_when(number, pattern, pid=None):
 if __name__ == "__main__":
     sys.path.insert(1, str(ROOT))
     load(sys.argv[2:])
+    tqdm.set_lock(threading.RLock())  # its own is shared by all processes, and stays locked where a kill falls into a write
     REQUEST = serve(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
     os.environ.update(REQUEST["environment"])
     sys.argv = REQUEST["arguments"]
     sys.path[0] = str((ROOT / sys.argv[0]).parent)
     sys.path[1:2] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    if size := REQUEST["largest_file"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     if REQUEST["signalled"]:
         signal_when(*REQUEST["signalled"])
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -6,10 +6,7 @@ import io
 import json
 import os
 import re
-import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -19,7 +16,6 @@ import torch
 import ruscarl
 from conftest import (
     PATIENCE,
-    ROOT,
     RUN,
     Server,
     Terminal,
@@ -92,10 +88,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(flags, whole, tmp_path):
     folder = tmp_path / "runs" / "full"
     before = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     size = next((folder / "checkpoints" / before[-1]).glob("*.safetensors")).stat().st_size
-    done = subprocess.run([sys.executable, RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume"], cwd=ROOT,
-                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=PATIENCE,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
-    assert done.returncode == 1 and "stopped: cannot save" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume", largest_file=size // 2)
+    assert status == 1 and "stopped: cannot save" in err and "Traceback" not in err, err
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
     resume(tmp_path / "runs", "full")
     assert rows(folder) == whole

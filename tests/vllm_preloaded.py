@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 
-from vllm_sampler import vllm_obstacle
+from sampler import vllm_obstacle
 
 if vllm_obstacle("cpu") is None:  # it sets what vllm has to know before it is imported
     for name in ("entrypoints.llm", "v1.engine.llm_engine", "v1.executor.uniproc_executor", "v1.worker.cpu_worker",
