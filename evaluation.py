@@ -1,248 +1,161 @@
 """Evaluation of a model on tasks with rubrics: HealthBench's procedure, Best-of-N, novelty, diversity, entropy.
 
-Every task is asked plainly, without scaffold, --samples times. Two models are evaluated one after the other and compared
-on the same tasks.
+Every task is asked plainly, without scaffold, --samples times. With --base, a second model is evaluated on the same tasks,
+and the two are compared.
 
-    python evaluation.py runs/NAME --base smollm2                       a run, with its own settings, on its held-out tasks
-    python evaluation.py Qwen/Qwen2.5-7B-Instruct --judge-url URL       HealthBench, sampled as in the paper
+    python evaluation.py runs/NAME --base smollm2                    a run, with its own settings, on its held-out tasks
+    python evaluation.py Qwen/Qwen2.5-7B-Instruct --judge-url URL    HealthBench, sampled as in the paper
 
---output keeps every judged response in samples.jsonl, so that the same command, given again, asks only what is missing,
-unknown verdicts included; results.json, the pictures and the table are made anew from it.
+Everything is written into the folder --output. samples.jsonl has a line for each response: side ("model" or "base"), task
+(its id), sample (0..K-1), text, token_ids, finished, and for each judge verdicts (True, False, or None where the verdict
+could not be had) and rewards (the score). A response that is judged again gets another line; the last one counts.
+
+The same command, given again, asks only what is missing, unknown verdicts included. With another judge (--judge,
+--judge-url, --judge-model) it judges the kept responses again, without sampling, and shows how far the judges agree. The
+table, the pictures and results.json are made anew each time.
 """
 
-import dataclasses
-import json
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-
-from plumbing.config import (
-    Config,
-    Parser,
-    add_flags,
-    check,
-    check_saved,
-    check_urls,
-    find_judge,
-    flag,
-    paper_preset,
-    setting,
-)
-from plumbing.runs import claim, saved_config
-
-# Flags that are Config's own; those in MAY_CHANGE may differ between two starts on one folder.
-SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
-          "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
-MAY_CHANGE = {"judge_url", "judge2_url", "judge_concurrency", "token_budget", "device", "embedding", "embedding_model",
-              "output", "chunk"}
-FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
-
-
-@dataclass
-class Evaluation(Config):
-    """The settings of an evaluation: those of Config named in SHARED, and these."""
-
-    base: str = setting("", "a second model to compare with; novelty is measured against it")
-    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K")
-    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own")
-    judge2_url: str = setting("", "servers of a second judge, which is asked every criterion, those with rules too; its key "
-                              "is in $JUDGE2_API_KEY")
-    judge2_model: str = setting("", "model to ask there (default: the only one served)")
-    judge2_extra: str = setting("", "JSON object added to each request to it")
-    embedding: str = setting("", "embedding model for the semantic distance: a transformers folder, or a server's base URL "
-                             "with its key in $EMBEDDING_API_KEY")
-    embedding_model: str = setting("", "model to ask at that server (default: the only one served)")
-    output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
-    chunk: int = setting(128, "responses that are sampled and judged before they are written down")
-
-
-def parse_command_line(argv=None):
-    """The Evaluation; exits with status 2 and one line on a mistake."""
-    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
-    add_flags(parser, Evaluation, (*SHARED, *Evaluation.__annotations__))
-    given = parser.given(argv)
-    try:
-        config = Evaluation(**{**_start(given), **given})
-        find_judge(config)
-        config.output = config.output or f"evaluations/{config.model.rstrip('/.').split('/')[-1].lstrip('.') or 'model'}"
-        check_evaluation(config)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return config
-
-
-def _start(given):
-    """What the flags start from: a run's own settings (on other tasks, nothing is held out); the paper's for another model
-    than smollm2."""
-    model = given["model"]
-    if (Path(model) / "tasks.sha256").is_file():
-        name, saved = saved_config(Path(model).absolute().parent, Path(model).name)
-        check_saved(name, saved)
-        own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
-        for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
-            was = saved.get(name)
-            if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:
-                raise ValueError(f"{flag(name)} {given[name]}: {model} has split its tasks with {flag(name)} {was}, and was "
-                                 "trained on the others (--held-out 0 evaluates on all)")
-        return {name: saved[name] for name in FROM_RUN if name in saved and (own_tasks or name != "held_out")}
-    if model == "smollm2":
-        return {}
-    preset = paper_preset(model)
-    return {name: preset[name] for name in FROM_RUN if name != "held_out"}
-
-
-def check_evaluation(config):
-    """Raise ValueError, naming the flag, for a value that makes no sense."""
-    for name in ("samples", "chunk"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-    if config.held_out < 0:
-        raise ValueError(f"--held-out must not be negative, got {config.held_out}")
-    if config.temperature == 0 and config.samples > 1:
-        raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
-    check(dataclasses.replace(config, held_out=config.held_out or 1, temperature=config.temperature or 1.0))
-    check_urls(config.judge2_url, "--judge2-url", "JUDGE2_API_KEY")
-    if config.judge2_url:
-        try:
-            check(second_judge(config))
-        except ValueError as error:
-            raise ValueError(str(error).replace("--judge-", "--judge2-")) from None
-    for name in ("judge2_model", "judge2_extra"):
-        if getattr(config, name) and not config.judge2_url:
-            raise ValueError(f"{flag(name)} needs --judge2-url")
-    server = config.embedding.startswith(("http://", "https://"))
-    check_urls(config.embedding if server else "", "--embedding", "EMBEDDING_API_KEY")
-    if config.embedding and not server and not (Path(config.embedding) / "config.json").is_file():
-        raise ValueError(f"--embedding: no model in {config.embedding}")
-    if config.embedding_model and not server:
-        raise ValueError("--embedding-model needs --embedding with a server's URL")
-
-
-def second_judge(config):
-    """`config` as the second judge's client takes it."""
-    return Config(judge="chat", judge_url=config.judge2_url, judge_model=config.judge2_model,
-                  judge_extra=config.judge2_extra, judge_concurrency=config.judge_concurrency)
-
+from plumbing.config import parse_evaluation as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     COMMAND_LINE = parse_command_line()
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
+import gc
 import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import torch
 
-from answers import Samples, Setup, complete, load_embedding, response_statistics
-from judge import ChatJudge
-from plumbing.chat import ChatClient
-from plumbing.config import judge_extra
+from judge import score
+from plumbing import prepare, terminal
+from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
-from plumbing.prepare import (
-    check_context,
-    check_judge,
-    choose_device,
-    choose_sampler,
-    computing_dtype,
-    drop_long,
-    first_unruled,
-    make_chat_client,
-    say,
-)
-from tasks import load_tasks, split_tasks
-from tools import figures, measures
+from plumbing.rules import rule_from_tags
+from plumbing.runs import JsonLines, claim
+from ruscarl import make_rollouts, sample_and_judge, sampling
+from tasks import digest, load_tasks, split_tasks
+from tools import measures
+from tools.embedding import load_embedding
+
+# Settings that every start on one folder must have in common. The judge may change: verdicts are kept for each judge.
+KEPT = ("model", "base", "tasks", "held_out", "samples", "seed", "max_new_tokens", "max_prompt_tokens", "temperature",
+        "top_p", "top_k")
 
 
 def evaluate(config):
     """Evaluate, write results.json and the pictures into config.output; returns what is in results.json, a dict.
 
-    Raises ValueError or OSError for a mistake of the user's, in one line; what can be checked without weights is first.
+    Raises ValueError or OSError for a mistake of the user's, in one line; what can be checked without weights comes first.
     """
-    tasks = load_tasks(config.tasks)
+    tasks = load_tasks(config.tasks, need_rubrics=False)
     check_held_out(config, tasks)
-    sources = {"model": config.model, **({"base": config.base} if config.base else {})}
-    folders = {side: policy_folder(source) for side, source in sources.items()}
-    check_judge(config, tasks)
-    clients = {"judge": make_chat_client(config)}
+    prepare.check_judge(config, tasks)
+    folders = {side: policy_folder(getattr(config, side)) for side in ("model", "base") if getattr(config, side)}
+    server = config.server("judge")
+    client = server.connect(config.judge_concurrency) if server else None
     try:
-        clients["judge2"] = connect_second(config) if config.judge2_url else None
-        device = choose_device(config)
-        vllm, why = choose_sampler(config, device)
-        setup = Setup(device, computing_dtype(config, device), vllm, clients["judge"],
-                      ChatJudge(clients["judge2"]) if clients["judge2"] else None)
-        embed = load_embedding(config.embedding, config.embedding_model) if config.embedding else None
-        loaded = {side: load_config(folder) for side, folder in folders.items()}
-        contexts = {side: check_context(config, model_config) for side, (model_config, _) in loaded.items()}
+        embed = load_embedding(config.embedding) if config.embedding else None
+        loaded = {side: load_config(folder) for side, folder in folders.items()}  # (config, tokenizer) of each
+        for model_config, _ in loaded.values():
+            prepare.check_context(config, model_config)
         tasks = choose_tasks(config, tasks, [tokenizer for _, tokenizer in loaded.values()])
-        settings, output = kept_settings(config, tasks, setup), Path(config.output)
-        claim(output, settings, "samples.jsonl")
-        samples = Samples(output)
-        say(f"{output}: {len(tasks)} tasks x {config.samples} samples; sampler: {settings['sampler']} in "
-            f"{settings['dtype']} ({why})")
-        models, logps = {}, {}
-        for side, source in sources.items():  # one after the other: both might not fit, and vLLM has one engine at a time
-            policy, tokenizer = load_policy(folders[side])
-            settings[f"weights of {source}"] = fingerprint(policy)
-            claim(output, settings, "samples.jsonl")
-            complete(side, config, tasks, samples, policy, tokenizer, contexts[side], setup)
-            cast(policy, setup.dtype if device == "cuda" else torch.float32).to(device)
-            # a model's own responses tell its entropy, MODEL's under both models the novelty
-            prompts = [prompt_ids(tokenizer, task.messages) for task in tasks for _ in range(config.samples)]
-            for owner in ("model", "base") if side == "base" and same_vocabulary(loaded) else (side,):
-                responses = [record["token_ids"] for of_task in samples.of(owner, tasks) for record in of_task]
-                logps[side, owner], entropy = response_statistics(policy, prompts, responses, config.token_budget,
-                                                                  f"log-probabilities, {source}")
-            models[side] = {"name": source, **measures.side_figures(tasks, samples.of(side, tasks), embed),
-                            "entropy": entropy}  # of the last owner, which is the side itself
-            del policy
+        samples = Samples(config, tasks, client)
+        terminal.say(f"{config.output}: {len(tasks)} tasks x {config.samples} samples; judge: {samples.judge}")
+        vocabularies = [tokenizer.get_vocab() for _, tokenizer in loaded.values()]
+        comparable = all(vocabulary == vocabularies[0] for vocabulary in vocabularies)  # token ids mean the same to both
+        logps, entropy = {}, {}
+        for side, folder in folders.items():  # one after the other: both might not fit, and vLLM has one engine at a time
+            # A model's own responses tell its entropy, the responses of MODEL under both models its novelty.
+            owners = ("model", "base") if side == "base" and comparable else (side,)
+            logps[side], entropy[side] = evaluate_model(config, side, folder, samples, client, owners)
     finally:
-        for client in clients.values():
-            if client is not None:
-                client.close()
-    results = {"settings": settings, "models": models, "comparison": {}, "novelty": None,
-               "judges": {"judge": settings["judged by"], "judge2": settings["judge2_model"]},
-               "last_judge_error": next((c.last_error for c in clients.values() if c and c.last_error), None)}
+        if client is not None:
+            client.close()
+    settings, judges = (samples.folder / "settings.json").read_text(encoding="utf-8"), samples.judges()
+    results = {"settings": json.loads(settings), "judges": judges,
+               "last_judge_error": client.last_error if client else None, "comparison": {}, "novelty": None,
+               "models": {side: {"name": getattr(config, side), "entropy": entropy[side],
+                                 **measures.model_figures(tasks, samples.of(side), judges, embed)} for side in folders}}
     if config.base:
-        scores = {side: measures.score_matrices(tasks, samples.of(side, tasks)) for side in sources}
-        results["comparison"] = {judge: measures.paired(scores["model"][judge], scores["base"][judge])
-                                 for judge in scores["model"]}
-        if same_vocabulary(loaded):
-            results["novelty"] = measures.novelty(numpy.subtract(logps["model", "model"], logps["base", "model"]))
+        for judge in judges:
+            scores, others = (measures.score_matrix(samples.of(side), judge) for side in ("model", "base"))
+            results["comparison"][judge] = measures.paired(scores, others)
+        if comparable:
+            results["novelty"] = measures.novelty(numpy.subtract(logps["model"]["model"], logps["base"]["model"]))
         else:
-            say("warning: no novelty: MODEL and --base have different vocabularies")
-    (output / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    figures.draw(results, output)
+            terminal.say("warning: no novelty: MODEL and --base have different vocabularies")
+    (samples.folder / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    measures.draw(results, samples.folder)
     return results
+
+
+class Samples(JsonLines):
+    """samples.jsonl in config.output: the responses to `tasks` and the verdicts of each judge on them.
+
+    client: ChatClient of the judge, or None. judge: the judge's name, under which its verdicts are kept: "rules", "self" or
+    the name of the model that is asked, "rules and ..." where rules decide some of the criteria. tasks: {id: Task}, as the
+    judge is asked about them. Raises ValueError where the folder was made with other settings.
+    """
+
+    def __init__(self, config, tasks, client):
+        self.folder, self.count, device = Path(config.output), config.samples, prepare.choose_device(config)
+        settings = {**{name: getattr(config, name) for name in KEPT}, "hash of the tasks": digest(tasks),
+                    "sampler": "vllm" if prepare.choose_sampler(config, device)[0] else "transformers",
+                    "dtype": str(prepare.computing_dtype(config, device)).removeprefix("torch."),
+                    **({f"--judge-extra for {client.model}": config.judge_extra} if client else {})}
+        claim(self.folder, settings, "samples.jsonl")
+        if config.judge in ("chat", "self"):  # asked about every criterion: without tags, no criterion has a rule
+            tasks = [replace(task, rubric=tuple(replace(c, tags=()) for c in task.rubric)) for task in tasks]
+        ruled = {rule_from_tags(c.tags) is not None for task in tasks for c in task.rubric}
+        deciders = {True: "rules", False: client.model if client else "self"}  # of a criterion with a rule, without one
+        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled) or "nobody"
+        self.tasks = {task.id: task for task in tasks}
+        super().__init__(self.folder / "samples.jsonl", self.check)
+
+    def check(self, row):
+        """Raise ValueError for a line of samples.jsonl that is not a judged response to one of the tasks."""
+        kinds = {"side": str, "text": str, "token_ids": list, "finished": bool, "verdicts": dict, "rewards": dict}
+        task, whole = self.tasks.get(row.get("task")), all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+        if not (whole and task and row["sample"] in range(self.count)
+                and all(len(verdicts) == len(task.rubric) for verdicts in row["verdicts"].values())):
+            raise ValueError("not a judged response to one of the tasks")
+
+    def add(self, samples):
+        """Append `samples`, with the rewards that follow from their verdicts."""
+        for sample in samples:
+            rubric = self.tasks[sample["task"]].rubric
+            sample["rewards"] = {judge: score(rubric, verdicts) for judge, verdicts in sample["verdicts"].items()}
+        self.append(samples)
+
+    def kept(self, side):
+        """The samples of one side as {(task id, number): sample}; the last line of each counts."""
+        return {(row["task"], row["sample"]): row for row in self.rows if row["side"] == side}
+
+    def of(self, side):
+        """The samples of one side, which is complete, by task: [tasks][K]."""
+        kept = self.kept(side)
+        return [[kept[task, number] for number in range(self.count)] for task in self.tasks]
+
+    def judges(self):
+        """The names of all judges whose verdicts are kept; the one that judges now is first."""
+        return list(dict.fromkeys([self.judge, *(judge for row in self.rows for judge in row["verdicts"])]))
 
 
 def check_held_out(config, tasks):
     """Raise ValueError where a run was trained on other tasks than these: which ones it has not seen is then unknown."""
-    digest = Path(config.model) / "tasks.sha256"
-    found = hashlib.sha256(repr(tasks).encode()).hexdigest()
-    if config.held_out and digest.is_file() and digest.read_text(encoding="utf-8").strip() != found:
+    path = Path(config.model) / "tasks.sha256"
+    if config.held_out and path.is_file() and path.read_text(encoding="utf-8").strip() != digest(tasks):
         raise ValueError(f"{config.tasks}: these are not the tasks that {config.model} was trained on, so that which of "
                          "them it has not seen is unknown (--held-out 0 evaluates on all)")
 
 
-def connect_second(config):
-    """A checked client of the second judge. Raises ConnectionError or ValueError for a server that cannot judge."""
-    client = ChatClient(config.judge2_url.split(","), config.judge2_model, key_variable="JUDGE2_API_KEY",
-                        concurrency=config.judge_concurrency, extra=judge_extra(second_judge(config)))
-    try:
-        client.check(hint="--judge2-model")
-    except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--judge2-url: {error}") from None
-    return client
-
-
 def choose_tasks(config, tasks, tokenizers):
-    """The tasks to evaluate on. None is left out for its length: one that is too long raises ValueError."""
+    """The tasks to evaluate on. None is left out for its length: a question that is too long raises ValueError."""
     if config.held_out:  # as a run splits them: what is too long with the scaffold was dropped first
-        tasks = split_tasks(drop_long(config, tasks, tokenizers[0]), config.held_out)[1]
+        tasks = split_tasks(prepare.drop_long(config, tasks, tokenizers[0]), config.held_out)[1]
     for task in tasks:
         longest = max(len(prompt_ids(tokenizer, task.messages)) for tokenizer in tokenizers)
         if longest > config.max_prompt_tokens:
@@ -251,53 +164,112 @@ def choose_tasks(config, tasks, tokenizers):
     return tasks
 
 
-def kept_settings(config, tasks, setup):
-    """What must be the same in every start on one folder: the settings as they came out, and a hash of the tasks."""
-    names = [name for name in (*SHARED, *Evaluation.__annotations__, "model") if name not in MAY_CHANGE]
-    client = setup.client
-    by = client.model if client else "rules" if first_unruled(tasks) is None else "self"
-    return {**{name: getattr(config, name) for name in names}, "judge_model": client.model if client else "",
-            "judge2_model": setup.second.client.model if setup.second else "", "judged by": by,
-            "sampler": "vllm" if setup.vllm else "transformers", "dtype": str(setup.dtype).removeprefix("torch."),
-            "hash of the tasks": hashlib.sha256(repr(tasks).encode()).hexdigest()}
+def evaluate_model(config, side, folder, samples, client, owners):
+    """Complete the samples of one side with the model in `folder`, then read those of all `owners` (sides) with it.
+
+    Returns ({owner: mean log-probability of each of its responses}, entropy of the model over its own responses).
+    """
+    policy, tokenizer = load_policy(folder)
+    claim(samples.folder, {f"weights of {getattr(config, side)}": fingerprint(policy)}, "samples.jsonl")
+    complete(config, side, samples, policy, tokenizer, client)
+    device = prepare.choose_device(config)
+    cast(policy, prepare.computing_dtype(config, device) if device == "cuda" else torch.float32).to(device)
+    prompts = [prompt_ids(tokenizer, task.messages) for task in samples.tasks.values() for _ in range(config.samples)]
+    means, entropy = {}, {}
+    for owner in owners:
+        responses = [sample["token_ids"] for of_task in samples.of(owner) for sample in of_task]
+        means[owner], entropy[owner] = response_statistics(policy, prompts, responses, config.token_budget)
+    return means, entropy[side]
 
 
 def fingerprint(model):
-    """SHA-256 over about a thousand numbers of every weight: another policy under the same name is noticed."""
-    digest = hashlib.sha256()
+    """SHA-256 over about a thousand numbers of every weight: other weights under the same name are noticed."""
+    hashed = hashlib.sha256()
     for name, weight in named_weights(model):
         flat = weight.flatten()
-        digest.update(name.encode() + flat[:: max(1, len(flat) // 1000)].float().numpy().tobytes())
-    return digest.hexdigest()
+        hashed.update(name.encode() + flat[:: max(1, len(flat) // 1000)].float().numpy().tobytes())
+    return hashed.hexdigest()
 
 
-def same_vocabulary(loaded):
-    """Whether the token ids of one model mean the same to the other. loaded: {side: (config, tokenizer)}."""
-    vocabularies = [tokenizer.get_vocab() for _, tokenizer in loaded.values()]
-    return all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+def complete(config, side, samples, policy, tokenizer, client):
+    """Ask for the verdicts and sample the responses that are missing; every config.chunk of them are written down.
+
+    The seed of a response is its address: (seed, "evaluation", place of the task, sample). Unknown verdicts of an earlier
+    start are asked again, those of this start are not.
+    """
+    tasks, kept = list(samples.tasks.values()), samples.kept(side)
+    unjudged = [sample for sample in kept.values() if None in sample["verdicts"].get(samples.judge, [None])]
+    rollouts = make_rollouts(tasks, [0.0] * config.samples, tokenizer, (config.seed, "evaluation"))
+    missing = [r for r in rollouts if (r.task.id, r.sample) not in kept]
+    context, self_judged = prepare.check_context(config, policy.config), prepare.self_judged(config, tasks)
+    sampler = None
+    if missing or (unjudged and self_judged):
+        longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
+        sampler = prepare.make_sampler(config, policy, tokenizer, max_model_len=longest, gpu_memory=0.85)
+        sampler.sync(named_weights(policy))
+    judge = prepare.make_judge(client, tasks, tokenizer, sampler, context)
+    try:
+        with terminal.progress(len(rollouts) + len(unjudged), len(kept), "response"):
+            for i in range(0, len(unjudged), config.chunk):
+                terminal.phase("judging kept responses")
+                chunk = unjudged[i : i + config.chunk]
+                judge_again(judge, samples, chunk)
+                terminal.advance(len(chunk))
+            for i in range(0, len(missing), config.chunk):
+                chunk, _ = sample_and_judge(missing[i : i + config.chunk], sampler, judge, tokenizer, sampling(config))
+                samples.add([{"side": side, "task": r.task.id, "sample": r.sample, "text": r.text, "finished": r.finished,
+                              "token_ids": r.response_ids, "verdicts": {samples.judge: r.verdicts}} for r in chunk])
+                terminal.advance(len(chunk))
+    finally:
+        if sampler is not None:
+            sampler.close()
+        del sampler, judge  # there can be one engine at a time
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def judge_again(judge, samples, chunk):
+    """Have `judge` decide the verdicts that it has not given on the samples in `chunk`, and add them to `samples`."""
+    asked = []
+    for sample in chunk:
+        task = samples.tasks[sample["task"]]
+        verdicts = sample["verdicts"].setdefault(samples.judge, [None] * len(task.rubric))
+        unknown = [i for i, verdict in enumerate(verdicts) if verdict is None]
+        part = replace(task, rubric=tuple(task.rubric[i] for i in unknown))
+        asked.append((verdicts, unknown, judge.submit(part, sample["text"])))
+    judge.finish()
+    for verdicts, unknown, futures in asked:
+        for i, future in zip(unknown, futures, strict=True):
+            verdicts[i] = future.result()
+    samples.add(chunk)
+
+
+def response_statistics(model, prompts, responses, token_budget):
+    """(mean log-probability of each response's tokens: list of floats, mean entropy of the next token), nats; of the model's
+    own distribution, at temperature 1 and with no token filtered out."""
+    means, entropies = [0.0] * len(responses), []
+    with torch.no_grad(), terminal.progress(len(responses), 0, "log-probability"):
+        for pack in make_packs(prompts, responses, token_budget):
+            logp, entropy = response_logprobs(model, pack)  # [response tokens] each
+            for i, part in zip(pack.members, logp.split([len(responses[i]) for i in pack.members])):
+                means[i] = part.mean().item()
+            entropies.append(entropy.cpu())
+            terminal.advance(len(pack.members))
+    return means, torch.cat(entropies).mean().item()
 
 
 def main(config):
-    """Evaluate and print the table. Returns the exit status: 2 for a mistake of the user's, 1 where nothing was scored."""
-    try:
-        results = evaluate(config)
-    except (ValueError, OSError) as error:
-        print(f"evaluation.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    figures.print_table(results)
+    """Evaluate and print the table. Returns the exit status: 1 where there are rubrics, but nothing was scored."""
+    results = evaluate(config)
+    measures.print_table(results)
     print(f"\n{config.output}/: results.json, samples.jsonl, pictures")
-    unknown = sum(model[judge]["unknown"] for model in results["models"].values()
-                  for judge in ("judge", "judge2") if judge in model)
-    if unknown:
+    judged = [model["judges"][results["judges"][0]] for model in results["models"].values()]
+    if unknown := sum(found["unknown"] for found in judged):
         reason = results["last_judge_error"]
-        say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again"
-            + (f". The last error: {reason}" if reason else ""))
-    return 1 if any(model["judge"]["score"] is None for model in results["models"].values()) else 0
+        terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again"
+                     + (f". The last error: {reason}" if reason else ""))
+    return 1 if any(found["score"] is None and found["verdicts"] for found in judged) else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(COMMAND_LINE))
-    except KeyboardInterrupt:
-        print("evaluation.py: interrupted; the same command continues", file=sys.stderr, flush=True)
-        os._exit(130)  # not sys.exit, which would wait for judge requests still under way
+    terminal.run_command("evaluation.py", lambda: main(COMMAND_LINE))

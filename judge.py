@@ -14,7 +14,7 @@ from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
-from plumbing.chat import ChatError, json_object
+from plumbing.chat import json_object
 from plumbing.rules import rule_from_tags
 
 VERDICT_SCHEMA = {  # without maxLength a small judge rambles until it is cut off, and the verdict never comes
@@ -86,22 +86,8 @@ class ChatJudge:
 
     def submit(self, messages, text, criterion):
         """Future of True, False or None."""
-        answer = self.client.submit(judge_messages(messages, text, criterion), parse=parse_verdict, schema=VERDICT_SCHEMA)
-        verdict = Future()
-
-        def settle(answer):
-            error = None if answer.cancelled() else answer.exception()
-            if answer.cancelled():
-                verdict.set_result(None)
-            elif error is None:
-                verdict.set_result(answer.result())
-            elif isinstance(error, ChatError):
-                verdict.set_result(None)
-            else:
-                verdict.set_exception(error)
-
-        answer.add_done_callback(settle)
-        return verdict
+        return self.client.submit(judge_messages(messages, text, criterion), parse=parse_verdict, schema=VERDICT_SCHEMA,
+                                  none_if_failed=True)
 
     def finish(self):
         """Nothing to do: the calls run by themselves."""

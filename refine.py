@@ -1,59 +1,51 @@
 """Chasing the Tail (arXiv 2509.21500): rubrics that tell great responses from merely good ones.
 
-For each prompt: a proposer writes a rubric from the prompt alone, a verifier checks all responses against it, and the
-two best responses go back to the proposer, which rewrites the rubric so that it tells them apart; then the next two.
+For each prompt, a proposer writes a rubric from the prompt alone, and a verifier checks all responses against the rubric.
+The two best responses go back to the proposer, which rewrites the rubric so that it tells them apart; then the next two.
 
-    python refine.py prompts.jsonl --sample-from smollm2 --proposer-url URL     -> refined/prompts/tasks.jsonl
+    python evaluation.py MODEL --tasks prompts.jsonl --samples 16 --output evaluations/A    (other models: B, C)
+    python refine.py prompts.jsonl --responses evaluations/*/samples.jsonl --proposer-url URL
     python ruscarl.py --tasks refined/prompts/tasks.jsonl
 
---output keeps the responses and, prompt by prompt, what was decided and why: the same command, given again, goes on.
+Unlike the official code: a refinement is kept only if it separates the two responses and leaves the order of the others;
+equal scores are drawn from by seed; an unknown verdict is not a "no"; a prompt keeps its last rubric where a server fails.
+The folder --output keeps every decision with its reason: the same command, given again, continues.
 """
 
-import os
-import sys
-from pathlib import Path
-
-from refine_config import parse_command_line
-
-if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
-    COMMAND_LINE = parse_command_line()
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on cores that others could use
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-import hashlib
 import json
+import math
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import combinations
+from pathlib import Path
 
 from tqdm import tqdm
 
 from judge import score
-from plumbing.chat import ChatClient, ChatError
-from plumbing.prepare import first_unruled
-from plumbing.runs import claim, write_whole
-from progress import Progress, report, unfinished
-from refine_config import MAY_CHANGE, SHARED, Refinement, extra
-from responses import Responses, gather, open_sources, read_responses
-from sampler import address_seed
-from tail import tail_kl as tail_kl
-from tail import tail_win_rate as tail_win_rate
-from tasks import load_tasks
+from plumbing.chat import ChatError
+from plumbing.config import parse_refinement as parse_command_line
+from plumbing.rules import shown
+from plumbing.runs import JsonLines, claim, write_whole
+from plumbing.terminal import run_command, say
+from tasks import digest, load_tasks, read_jsonl
 from tools.proposer import ChatProposer, RuleProposer, Verifier, rule_library
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
+KEPT = ("seed", "proposer", "start", "rounds", "max_reversed", "always")  # settings that decisions depend on
+DECISION = {"prompt_id": str, "rubric": list, "begun_with": list, "rounds": list, "stopped": str, "verdicts": int,
+            "unknown": int, "failure": str | None}  # fields of a line of progress.jsonl
 
 
 class Pool:
-    """The responses to one task and what the verifier said of them. Every criterion is asked once, whatever its weight."""
+    """The responses to one task and their verdicts. The verifier is asked for each criterion once, whatever its weight."""
 
     def __init__(self, task, texts, verifier):
         self.task, self.texts, self.verifier = task, texts, verifier
-        self.known = {}  # {(text, tags) of a criterion: verdicts, one a response}
+        self.known = {}  # {(text, tags) of a criterion: verdicts [texts]}
 
     def verdicts(self, rubric):
-        """[texts][criteria]"""
+        """[texts][criteria]: True, False, or None for unknown."""
         new = [c for c in rubric if (c.text, c.tags) not in self.known]
         if new:
             found = self.verifier.verify(self.task, new, self.texts)
@@ -61,20 +53,19 @@ class Pool:
         return [[self.known[c.text, c.tags][i] for c in rubric] for i in range(len(self.texts))]
 
     def scores(self, rubric):
-        """One a text; None where a verdict is unknown."""
+        """[texts]: scores; None where a verdict is unknown."""
         return [score(rubric, verdicts) for verdicts in self.verdicts(rubric)]
 
 
 def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=0.2, always=False, start=None):
     """Write a rubric for `task` and refine it on the responses `texts`.
 
-    rng: random.Random, for ties and for which of two responses is called A. start: rubric to begin with (default: the
-    proposer's). Returns (rubric, log): begun_with, rounds (a dict each: pair, scores, tied, kept, why), stopped, verdicts,
-    unknown (how many of them), failure (why the proposer could not be asked, or None). Raises ChatError where not even a
-    first rubric could be had.
+    rng: random.Random, for ties and for which response is called A. start: first rubric (default: the proposer's). Returns
+    (rubric, log); log: begun_with, rounds (of each: pair, scores, tied, kept, why), stopped (why), verdicts (how many),
+    unknown (how many of these), failure (of the proposer, or None). Raises ChatError where there is no first rubric.
 
-    Stops where the two best of the responses not used yet are told apart already (unless `always`), after PATIENCE
-    refinements in a row that were not kept, when fewer than two responses with a score are left, or when the proposer fails.
+    It stops where the two best of the unused responses are told apart already (unless `always`), after PATIENCE refinements
+    in a row that were not kept, when fewer than two responses with a score are left, or when the proposer fails.
     """
     pool, unused, log = Pool(task, texts, verifier), set(range(len(texts))), []
     begun_with = rubric = tuple(start or proposer.propose(task))
@@ -90,12 +81,12 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
             break
         rng.shuffle(pair)
         try:
-            better_rubric, why = refinement(pool, rubric, pair, proposer, max_reversed)
-        except ChatError as error:  # the rubric stays
+            refined, why = refinement(pool, rubric, pair, proposer, max_reversed)
+        except ChatError as error:  # the last rubric stays
             stopped, failure = "the proposer failed", str(error)
             break
         log.append({"pair": pair, "scores": [scores[i] for i in pair], "tied": tied, "kept": why is None, "why": why})
-        rubric = better_rubric if why is None else rubric
+        rubric = refined if why is None else rubric
         unused -= set(pair)
         if len(log) >= PATIENCE and not any(entry["kept"] for entry in log[-PATIENCE:]):
             stopped = "nothing improves"
@@ -118,7 +109,7 @@ def best_two(scores, unused, rng):
 
 
 def refinement(pool, rubric, pair, proposer, max_reversed):
-    """(the proposer's new rubric, None), or (that rubric, why it is not kept). Raises ChatError where none came."""
+    """(the proposer's new rubric, None), or (the new rubric, why it is not kept). Raises ChatError where none came."""
     texts, verdicts = [pool.texts[i] for i in pair], pool.verdicts(rubric)
     new, better = proposer.refine(pool.task, rubric, texts, [verdicts[i] for i in pair])
     if set(new) == set(rubric):
@@ -126,7 +117,7 @@ def refinement(pool, rubric, pair, proposer, max_reversed):
     before, after = pool.scores(rubric), pool.scores(new)
     first, second = (after[i] for i in pair)
     if first is None or second is None:
-        return new, "a verdict on the pair could not be had"
+        return new, "a verdict on the pair is unknown"
     if first == second:
         return new, "does not separate the pair"
     if better is not None and (first > second) != (better == 0):
@@ -136,112 +127,179 @@ def refinement(pool, rubric, pair, proposer, max_reversed):
 
 
 def reversed_share(before, after):
-    """Share of the pairs of responses told apart in `before` whose order is the opposite in `after`; 0 for no such pair.
+    """Of the pairs that `before` tells apart, the share that `after` reverses. Both: scores [texts]; None is left out."""
+    known = [scores for scores in zip(before, after) if None not in scores]
+    told_apart = [(one, other) for one, other in combinations(known, 2) if one[0] != other[0]]
+    return sum((one[0] - other[0]) * (one[1] - other[1]) < 0 for one, other in told_apart) / max(len(told_apart), 1)
 
-    Two lists of scores; responses without a score in either are left out.
+
+# Theorem 1: what a misranking costs depends on where it is. The gold reward R of the base policy's responses is uniform on
+# (0, 1), which loses nothing, as only ranks matter. The proxy u = f(R) rearranges (0, 1). The aligned policy is the base
+# policy weighted by exp(u / beta); its density over u is e^(u / beta) / (beta (e^(1 / beta) - 1)).
+
+def tail_kl(beta):
+    """KL(aligned, base) in nats, the same for every proxy. Raises ValueError for a beta that is not above 0.
+
+    KL = E[u] / beta - log(beta (e^(1 / beta) - 1)), where E[u], over the aligned policy, is the win rate of the right order.
     """
-    known = [(a, b) for a, b in zip(before, after) if a is not None and b is not None]
-    signs = [(a - other) * (b - other_b) for (a, b), (other, other_b) in combinations(known, 2) if a != other]
-    return sum(sign < 0 for sign in signs) / len(signs) if signs else 0.0
+    return max(0.0, (tail_win_rate(beta) - 1) / beta - math.log(-math.expm1(-1 / beta) * beta))
 
 
-def connect(config, name):
-    """A checked client of the proposer or verifier. Raises ValueError for a server that cannot be used."""
-    client = ChatClient(getattr(config, f"{name}_url").split(","), getattr(config, f"{name}_model"), max_tokens=4096,
-                        key_variable=f"{name.upper()}_API_KEY", concurrency=config.judge_concurrency,
-                        extra=extra(config, name))
-    try:
-        client.check(hint=f"--{name}-model")
-    except (ConnectionError, ValueError) as error:
-        raise ValueError(f"--{name}-url: {error}") from None
-    return client
+def tail_win_rate(beta, top_reversed=0.0, bottom_reversed=0.0):
+    """Chance that an aligned response has a higher gold reward than a response of the base policy: E[f^-1(u)], in [0, 1].
+
+    The proxy reverses the order within the best `top_reversed` and within the worst `bottom_reversed` of all responses.
+    Raises ValueError for a beta that is not above 0, and for shares that are negative or have a sum above 1.
+    """
+    if not 1e-300 < beta < math.inf:
+        raise ValueError(f"beta must be above 0 (1e-300) and finite, got {beta}")
+    if not (top_reversed >= 0 and bottom_reversed >= 0 and top_reversed + bottom_reversed <= 1):
+        raise ValueError(f"shares must be at least 0 and together at most 1, got {top_reversed} and {bottom_reversed}")
+    win_rate, top = 0.0, 1 - top_reversed  # f^-1 is linear in each of three pieces
+    for low, high, mirrored in ((0.0, bottom_reversed, True), (bottom_reversed, top, False), (top, 1.0, True)):
+        x = (high - low) / beta
+        mass = math.exp((high - 1) / beta) * math.expm1(-x) / math.expm1(-1 / beta)
+        mean = (high - low) * (0.5 + x / 12 if x < 1e-3 else -1 / math.expm1(-x) - 1 / x)  # of u - low in this piece
+        win_rate += mass * (high - mean if mirrored else low + mean)
+    return win_rate
+
+
+def read_responses(paths, known):
+    """{task id: texts} of the files `paths`; equal texts of a task count once, empty ones not at all. known: the task ids.
+
+    A line is {"task": id, "text": text, ...}, as evaluation.py writes it, or {"prompt_id": id, "responses": [texts]}.
+    Raises OSError, or ValueError with file, line and field.
+    """
+    found = {identity: {} for identity in known}  # {id: {text: None}}: a set that keeps its order
+    for path in paths:
+        for place, record in read_jsonl(path):
+            record = record if isinstance(record, dict) else {}
+            key, field = ("task", "text") if "task" in record else ("prompt_id", "responses")
+            if not isinstance(record.get(key), str) or record[key] not in found:
+                raise ValueError(f"{place}: {key}: no prompt has this id: {shown(record.get(key))}")
+            texts = record.get(field) if field == "responses" else [record.get(field)]
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{place}: {field}: must be a {'list of strings' if field == 'responses' else 'string'}")
+            found[record[key]].update(dict.fromkeys(text for text in texts if text.strip()))
+    return {identity: list(texts) for identity, texts in found.items()}
+
+
+class Decisions:
+    """progress.jsonl in `folder`, a line a decision on a prompt, and usage.json, calls and tokens of all starts.
+
+    of: {prompt id: its last line, see DECISION}. clients: {server: ChatClient}. Raises ValueError for a damaged file.
+    """
+
+    def __init__(self, folder, clients):
+        self.clients, self.usage_path, self.errors = clients, folder / "usage.json", {}
+        self.lines = JsonLines(folder / "progress.jsonl", check_decision)
+        self.of = {record["prompt_id"]: record for record in self.lines.rows}
+        try:
+            earlier = json.loads(self.usage_path.read_text(encoding="utf-8")) if self.usage_path.exists() else {}
+            self.earlier = {server: Counter(earlier.get(server)) for server in {**earlier, **clients}}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self.usage_path}: unreadable: {error}") from None
+
+    def add(self, task, rubric, log):
+        """Append the decision on a task, unless an earlier start, whose servers failed less, made a better one."""
+        rubric, begun_with = ([{"criterion": c.text, "points": c.points, "tags": list(c.tags)} for c in criteria]
+                              for criteria in (rubric, log["begun_with"]))
+        record = {"prompt_id": task.id, "rubric": rubric, **log, "begun_with": begun_with}
+        if how_far(record) >= how_far(self.of.get(task.id, record)):
+            self.of[task.id] = record
+            self.lines.append([record])
+        self.usage()
+
+    def missing(self, task):
+        """Why another start could do better on a task, such as a server that failed; None where it could not."""
+        record = self.of.get(task.id, {"failure": self.errors.get(task.id, "not begun")})
+        return record["failure"] or (f"{record['unknown']} verdicts are unknown" if record["unknown"] else None)
+
+    def usage(self):
+        """{server: counts of all starts}, also written to usage.json."""
+        now = {server: self.earlier[server] + Counter(client.usage()) for server, client in self.clients.items()}
+        write_whole(self.usage_path, json.dumps(self.earlier | now, indent=1) + "\n")
+        return self.earlier | now
+
+
+def check_decision(record):
+    """Raise ValueError for a line of progress.jsonl that lacks a field."""
+    for field, kind in DECISION.items():
+        if not isinstance(record.get(field), kind):
+            raise ValueError(f"{field}: missing or of the wrong type")
+
+
+def how_far(record):
+    """Orders decisions on the same prompt: whether the proposer failed, verdicts that are unknown, refinements kept."""
+    return record["failure"] is None, -record["unknown"], sum(entry["kept"] for entry in record["rounds"])
 
 
 def refine(config):
-    """Refine every prompt that --output does not have yet, write tasks.jsonl.
-
-    Returns (records of those that have a rubric, {prompt id: why} of those that are not done, {server: counts}).
-    Raises ValueError or OSError for a mistake of the user's, in one line.
-    """
+    """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions). Raises ValueError or OSError."""
     everything = load_tasks(config.tasks, need_rubrics=config.start == "own" or config.proposer == "rules")
     tasks = everything[: config.limit or None]
-    given = read_responses(Path(config.responses), everything, tasks) if config.responses else None
-    if config.proposer == "rules" and config.start == "own" and not config.verifier_url and (task := first_unruled(tasks)):
-        raise ValueError(f"task {task.id} has a criterion without a rule: give --verifier-url")
-    clients = {name: connect(config, name) for name in ("proposer", "verifier") if getattr(config, f"{name}_url")}
-    sources = open_sources(config, tasks) if given is None else {}
-    settings = {name: getattr(config, name) for name in (*SHARED, *Refinement.__annotations__) if name not in MAY_CHANGE}
+    responses = read_responses(config.responses, [task.id for task in everything])
+    if few := [task.id for task in tasks if len(responses[task.id]) < 2]:
+        raise ValueError(f"--responses: task {few[0]} has fewer than two different responses")
+    clients = {name: server.connect(config.judge_concurrency, max_tokens=4096)
+               for name in ("proposer", "verifier") if (server := config.server(name))}
+    proposer = ChatProposer(clients["proposer"]) if config.proposer == "chat" else RuleProposer(rule_library(everything))
+    verifier = Verifier(clients.get("verifier", clients.get("proposer")))
+    folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
     settings |= {f"{name}_model": client.model for name, client in clients.items()}
-    output = Path(config.output)
-    claim(output, {**settings, "hash of the prompts": hashlib.sha256(repr((everything, given)).encode()).hexdigest()},
-          "progress.jsonl")
-    progress = Progress(output, clients | {name: one for name, one in sources.items() if isinstance(one, ChatClient)})
-    lacking = {}
+    claim(folder, {**settings, "hash of the tasks and responses": digest([everything, responses])}, "progress.jsonl")
+    decisions = Decisions(folder, clients)
     try:
-        if given is None:
-            kept = Responses(output)
-            gather(config, tasks, sources, kept)
-            given = {task.id: kept.of(task) for task in tasks}
-            lacking = {task.id: f"{n} responses could not be had" for task in tasks
-                       if (n := sum(config.samples - len(kept.texts[source, task.id]) for source in sources))}
-        work = [(task, given[task.id]) for task in tasks if not progress.done(task, given[task.id])]
-        failed = lacking | refine_all(config, work, clients, rule_library(everything), progress)
+        refine_all(config, tasks, responses, proposer, verifier, decisions)
     finally:
-        progress.close()
-    records = [progress.records[task.id] for task in tasks if task.id in progress.records]
-    failed |= {record["prompt_id"]: why for record in records if (why := unfinished(record))}
-    by_id = {task.id: task for task in tasks}
-    lines = [{"prompt_id": record["prompt_id"], "prompt": by_id[record["prompt_id"]].messages, "rubrics": record["rubric"],
-              "example_tags": list(by_id[record["prompt_id"]].tags)} for record in records]
-    write_whole(output / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return records, failed, progress.usage()
+        decisions.usage()
+        for client in clients.values():
+            client.close()
+    lines = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": decisions.of[task.id]["rubric"],
+              "example_tags": list(task.tags)} for task in tasks if task.id in decisions.of]
+    write_whole(folder / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return tasks, decisions
 
 
-def refine_all(config, work, clients, library, progress):
-    """refine_task for each (task, texts) of `work`, many at a time, each written down as it is done.
-
-    Returns {prompt id: why} of those that have no rubric.
-    """
-    proposer = RuleProposer(library) if config.proposer == "rules" else ChatProposer(clients["proposer"])
-    verifier = Verifier(clients.get("verifier") or clients.get("proposer"), config.one_by_one)
-    texts_of = {task.id: texts for task, texts in work}
-    failed = {task.id: "fewer than two different responses came" for task, texts in work if len(texts) < 2}
-
-    def one(task, texts):
-        rng = random.Random(address_seed(config.seed, "refine", task.id))
-        return refine_task(task, texts, proposer, verifier, rng, rounds=config.rounds, always=config.always,
-                           max_reversed=config.max_reversed, start=task.rubric if config.start == "own" else None)
-
+def refine_all(config, tasks, responses, proposer, verifier, decisions):
+    """refine_task for each of `tasks` of which something is missing, many at a time. Each decision is kept at once."""
+    settings = {name: getattr(config, name) for name in ("rounds", "max_reversed", "always")}
     threads = ThreadPoolExecutor(config.judge_concurrency)
     try:
-        futures = {threads.submit(one, task, texts): task for task, texts in work if task.id not in failed}
+        futures = {threads.submit(refine_task, task, responses[task.id], proposer, verifier,
+                                  random.Random(f"{config.seed} refine {task.id}"),
+                                  start=task.rubric if config.start == "own" else None, **settings): task
+                   for task in tasks if decisions.missing(task)}
         for future in tqdm(as_completed(futures), "refining", len(futures), disable=None):
-            task = futures[future]
             try:
-                progress.add(task, texts_of[task.id], *future.result())
-            except ChatError as error:
-                failed[task.id] = str(error)
+                decisions.add(futures[future], *future.result())
+            except ChatError as error:  # no first rubric, so there is nothing to keep
+                decisions.errors[futures[future].id] = str(error)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-    return failed
 
 
 def main(config):
-    """Refine and report. Returns the exit status: 2 for a mistake of the user's, 1 where a prompt is not done."""
-    try:
-        done, failed, usage = refine(config)
-    except (ValueError, OSError) as error:
-        print(f"refine.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    report(config, done, failed, usage)
-    return 1 if failed else 0
+    """Refine and print what came out. Returns the exit status: 1 where a prompt is not done."""
+    tasks, decisions = refine(config)
+    done = [decisions.of[task.id] for task in tasks if task.id in decisions.of]
+    rounds = [entry for record in done for entry in record["rounds"]]
+    first, last = (sum(len(record[key]) for record in done) / max(len(done), 1) for key in ("begun_with", "rubric"))
+    print(f"{len(done)} rubrics: {first:.1f} criteria at first, {last:.1f} now")
+    print(f"{len(rounds)} refinements, {sum(entry['tied'] > 0 for entry in rounds)} of pairs drawn among equals, "
+          f"{sum(entry['kept'] for entry in rounds)} kept")
+    whys = [f"not kept: {entry['why']}" for entry in rounds if not entry["kept"]]
+    for why, count in Counter(whys + [f"stopped: {record['stopped']}" for record in done]).most_common():
+        print(f"  {count} {why}")
+    print(f"{sum(record['unknown'] for record in done)} of {sum(record['verdicts'] for record in done)} verdicts unknown")
+    for server, counts in decisions.usage().items():
+        print(f"{server}: {counts['calls']} calls ({counts['tries'] - counts['calls']} repeated tries, {counts['failures']} "
+              f"failed), {counts['prompt_tokens']:,} + {counts['completion_tokens']:,} tokens")
+    print(f"{config.output}/: tasks.jsonl for ruscarl.py --tasks, progress.jsonl with every decision")
+    if missing := [why for task in tasks if (why := decisions.missing(task))]:
+        say(f"{len(missing)} prompts are not done; the same command continues with them. The last reason: {missing[-1]}")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(COMMAND_LINE))
-    except KeyboardInterrupt:
-        print("refine.py: interrupted; the same command continues", file=sys.stderr, flush=True)
-        os._exit(130)  # not sys.exit, which would wait for requests still under way
-
-
+    run_command("refine.py", lambda: main(parse_command_line()))

@@ -14,12 +14,12 @@ what needed prompting becomes habit.
 
 import sys
 
-from plumbing.config import Config, parse_command_line
+from plumbing.config import Config
+from plumbing.config import parse_training as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     ACTION, COMMAND_LINE = parse_command_line()
 
-import os
 import random
 import time
 from collections import defaultdict
@@ -127,7 +127,7 @@ def sample_and_judge(rollouts, sampler, judge, tokenizer, params, max_unknown=1.
     parts, times, errors = zip(*ranks.gather((own, times, judge.counts()[2])))
     rollouts = [rollout for part in parts for rollout in part]
     verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
-    unknown = sum(verdict is None for verdict in verdicts) / len(verdicts)
+    unknown = sum(verdict is None for verdict in verdicts) / max(1, len(verdicts))  # tasks may be without rubrics
     if unknown > max_unknown:
         reason = next(filter(None, errors), None)
         raise Stopped(f"{unknown:.0%} of the verdicts could not be had (limit {max_unknown:.0%}, --max-unknown)"
@@ -257,7 +257,7 @@ def main(action, config: Config):
     mistake of the user's, found before training begins."""
     if action != "train":
         answer = print_plan if action == "plan" else calibrate_judge
-        return 0 if os.environ.get("RANK", "0") != "0" or answer(config) else 1  # of many ranks, one answer is enough
+        return 0 if not ranks.leader() or answer(config) else 1  # of many ranks, one answer is enough
     parts = set_up(config)
     try:
         if config.check_sync:

@@ -12,8 +12,8 @@ the policy in its own precision: a cache, which `sync` refreshes after every upd
 its own, whose seed is an address (seed, step, group, sample), so that a response does not depend on what it was batched
 with, nor on where a run was interrupted, as far as rounding allows.
 
-What vLLM would do by itself and must not: keep old weights or what it cached with them, end a response at tokens that are
-not the policy's stop tokens, report log-probabilities before temperature, set how float32 is multiplied.
+vLLM by itself would keep old weights and what it cached with them, end a response at other tokens than the policy's stop
+tokens, report log-probabilities before temperature, and change how float32 is multiplied; here it must not.
 """
 
 import hashlib
@@ -108,26 +108,24 @@ class VLLMSampler:
     config: the policy's transformers config. The engine is built from the config alone, with arbitrary weights; `sync` has
     to come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
     tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake, if so much is free; on CPU the
-    key-value cache takes cpu_cache_bytes.
-    max_num_seqs: most sequences in flight; the others wait. Raises ValueError for a model or a machine that vLLM refuses.
+    key-value cache takes cpu_cache_bytes. max_num_seqs: most sequences in flight; the others wait. Raises ValueError for a
+    model or a machine that vLLM refuses.
     """
 
-    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5,
-                 max_num_seqs=MAX_NUM_SEQS):
+    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5, max_num_seqs=MAX_NUM_SEQS):
         self._vllm = _import_vllm()
         self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
         self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
-        most = min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)
+        options = {"max_num_seqs": min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)}
         if self.on_gpu:
             free, there = torch.cuda.mem_get_info()  # vLLM wants all of its share to be free
-            options = {"gpu_memory_utilization": min(gpu_memory, 0.98 * free / there), "enable_sleep_mode": True,
-                       "max_num_seqs": most}
+            options |= {"gpu_memory_utilization": min(gpu_memory, 0.98 * free / there), "enable_sleep_mode": True}
         else:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
-            options = {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, most),
-                       "enforce_eager": True, "max_num_seqs": most,
-                       # A prompt cut in chunks wants to rewind its generator, which on a CPU cannot be done.
-                       "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+            options |= {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs),
+                        # Chunked prefill wants to rewind a prompt's random generator, which a CPU's cannot.
+                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len),
+                        "enforce_eager": True}
         if ranks.size() > 1:  # the engine's workers are the ranks that are there already
             options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
         precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()

@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.config import cache_dir
 from plumbing.rules import rule_from_tags, shown, unique_keys
 
 BUNDLED = Path(__file__).parent / "rubrics"
@@ -88,10 +89,9 @@ def split_tasks(tasks, held_out):
     return [t for t in tasks if t.id not in chosen], [t for t in tasks if t.id in chosen]
 
 
-def cache_dir():
-    """Where downloads are kept: $RUSCARL_CACHE, else $XDG_CACHE_HOME/ruscarl, else ~/.cache/ruscarl."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("RUSCARL_CACHE") or base / "ruscarl")
+def digest(tasks):
+    """SHA-256 of tasks: what a run or an evaluation was made with."""
+    return hashlib.sha256(repr(tasks).encode()).hexdigest()
 
 
 def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plumbing.runs import read_rows
+from plumbing.runs import JsonLines
 
 READING = "## Reading"  # what stands below this line of a report was written by hand, and stays
 
@@ -18,7 +18,7 @@ def earlier(parser, folder, name):
     path = Path(folder, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path, read_rows(path)
+        return path, JsonLines(path).rows
     except OSError as error:
         parser.error(f"--output {folder}: cannot write there ({error.strerror})")
     except ValueError as error:

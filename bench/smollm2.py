@@ -51,7 +51,7 @@ def start(*command):
 def figures_of(rows, results, side):
     """{label: value} of one model of an evaluation. side: model or base."""
     model, novelty = results["models"][side], results["novelty"]
-    best = {point["n"]: point["mean"] for point in model["judge"]["best_of_n"]}
+    best = {point["n"]: point["mean"] for point in model["judges"]["rules"]["best_of_n"]}
     found = {"score (mean of 16, not clipped)": best[1], **{f"best of {n}": best[n] for n in (2, 4, 8, 16)},
              "1 - Self-BLEU": model["diversity"]["mean"], "semantic distance": model["semantic_distance"]["mean"],
              "entropy, nats a token": model["entropy"], "response, tokens": model["length"]}
@@ -95,9 +95,9 @@ def draw(found, path):
         style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "label": arm if seed == 0 else None}
         for axis, name in zip(axes.flat, ("eval/score", "reward/unscaffolded", "entropy")):
             axis.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row]), **style)
-        curve = results["models"]["model"]["judge"]["best_of_n"]
+        curve = results["models"]["model"]["judges"]["rules"]["best_of_n"]
         axes[1, 1].plot([p["n"] for p in curve], [p["mean"] for p in curve], **style)
-    curve = found["RuscaRL", 0][1]["models"]["base"]["judge"]["best_of_n"]
+    curve = found["RuscaRL", 0][1]["models"]["base"]["judges"]["rules"]["best_of_n"]
     axes[1, 1].plot([p["n"] for p in curve], [p["mean"] for p in curve], ":", color="black", label="before training")
     axes[1, 1].set_xscale("log", base=2)
     axes[1, 1].xaxis.set_major_formatter("{x:.0f}")

@@ -9,17 +9,18 @@ ChatError.
 import json
 import os
 import random
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import requests
-from tqdm import tqdm
 
-from plumbing.terminal import one_line
+from plumbing.rules import unique_keys
+from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
 
@@ -47,16 +48,67 @@ def json_object(text):
     if start < 0:
         raise ValueError("no JSON object")
     try:
-        found, end = json.JSONDecoder(object_pairs_hook=_unique_keys).raw_decode(text, start)
+        found, end = json.JSONDecoder(object_pairs_hook=unique_keys).raw_decode(text, start)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     return found, text[end:]
 
 
-def _unique_keys(pairs):
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
+@dataclass(frozen=True)
+class Server:
+    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them.
+
+    urls: base URLs, comma-separated; model: "" for the only one that they serve; extra: a JSON object as text.
+    """
+
+    name: str  # judge, proposer or verifier
+    urls: str
+    model: str = ""
+    extra: str = ""
+
+    @classmethod
+    def checked(cls, name, urls, model="", extra=""):
+        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense. Settings are
+        written down and shown: a key belongs in the environment, not in a URL."""
+        server = cls(name, urls, model, extra)
+        if not urls:
+            if model or extra:
+                raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
+                                 + (" (or $RUSCARL_JUDGE_URL)" if name == "judge" else ""))
+            return None
+        for url in urls.split(","):
+            if set(url) & set("@?#"):
+                raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
+                                 f"${server.key_variable}")
+            if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
+                raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
+        server.extra_fields()
+        return server
+
+    @property
+    def key_variable(self):
+        """The environment variable that holds the key, if there is one."""
+        return "OPENAI_API_KEY" if self.name == "judge" else f"{self.name.upper()}_API_KEY"
+
+    def extra_fields(self):
+        """`extra` as a dict. Raises ValueError where it is none."""
+        try:
+            fields = json.loads(self.extra or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--{self.name}-extra is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"--{self.name}-extra must be a JSON object")
+        return fields
+
+    def connect(self, concurrency, **options):
+        """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
+        client = ChatClient(self.urls.split(","), self.model, key_variable=self.key_variable, concurrency=concurrency,
+                            extra=self.extra_fields(), **options)
+        try:
+            client.check(hint=f"--{self.name}-model")
+        except (ConnectionError, ValueError) as error:
+            raise ValueError(f"--{self.name}-url: {error}") from None
+        return client
 
 
 class ChatClient:
@@ -118,9 +170,13 @@ class ChatClient:
         """Cancel what still waits in the pool; requests under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, messages, *, parse=None, schema=None):
-        """`complete` in the pool: a Future."""
-        return self._pool.submit(self.complete, messages, parse=parse, schema=schema)
+    def submit(self, messages, *, parse=None, schema=None, none_if_failed=False):
+        """`complete` in the pool: a Future. none_if_failed: of None instead of a ChatError."""
+        def call():
+            with suppress(ChatError) if none_if_failed else nullcontext():
+                return self.complete(messages, parse=parse, schema=schema)
+
+        return self._pool.submit(call)
 
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
@@ -204,7 +260,7 @@ class ChatClient:
             outage = now - max(self._down_since.values()) + 1e-9
             if outage > 3 and url not in self._told:  # a refused connection or two is no outage
                 self._told.add(url)
-                tqdm.write(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most", sys.stderr)
+                say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
             return outage
 
     def _acquire(self):

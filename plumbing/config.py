@@ -1,14 +1,14 @@
-"""Every setting of a run, its two presets and the command line. Imports nothing heavy: --help and typos answer at once."""
+"""Every setting of the three commands, the presets and the command lines. Imports nothing heavy: --help answers at once."""
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
+from plumbing import terminal
+from plumbing.chat import Server
 from plumbing.runs import saved_config
 from scaffold import DECAYS, PATTERNS
 
@@ -21,7 +21,7 @@ def setting(default, help, choices=None):
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "judge_url", "judge_extra",
               "judge_concurrency", "max_unknown", "token_budget", "gradient_checkpointing", "device",
-              "offload", "gpu_gb", "gpus", "tensor_parallel", "check_sync", "tracker", "runs", "name"}
+              "offload", "gpu_gb", "gpus", "check_sync", "tracker", "runs", "name"}
 
 
 @dataclass
@@ -62,7 +62,6 @@ class Config:
     full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
     sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
-    tensor_parallel: int = setting(1, "ranks over which an engine of vllm is spread, for a model too large for one GPU")
     tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off")
     check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
@@ -90,6 +89,11 @@ class Config:
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
+    def server(self, name):
+        """The servers of --NAME-url (judge, proposer or verifier), or None where no URL is given. Raises ValueError, naming
+        the flag, for settings that make no sense."""
+        return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
+
 
 # Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
 PAPER = dict(tasks="healthbench", steps=350, group_size=8, batch_size=64, mini_batch_size=32, lr=1e-6, kl=1e-3,
@@ -109,8 +113,65 @@ def paper_preset(model):
     return preset
 
 
+@dataclass
+class Evaluation(Config):
+    """The settings of evaluation.py: those of Config in SHARED, and these."""
+
+    base: str = setting("", "a second model to compare with; novelty is measured against it")
+    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K")
+    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own")
+    judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
+                         "chat and self are asked about every criterion. Another judge judges the kept responses again",
+                         ("auto", "rules", "chat", "self"))
+    embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance")
+    output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
+    chunk: int = setting(128, "responses that are sampled and judged before they are written down")
+
+    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
+              "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
+    FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
+
+
+@dataclass
+class Refinement(Config):
+    """The settings of refine.py: those of Config in SHARED, and these."""
+
+    responses: tuple = setting((), "files with responses to the tasks: samples.jsonl of evaluations, or lines of "
+                              '{"prompt_id": ..., "responses": [texts]}')
+    limit: int = setting(0, "only the first so many tasks; 0: all")
+    proposer: str = setting("chat", "who writes the rubrics: a language model, or rules picked from the rubrics that the "
+                            "tasks have (for experiments)", ("chat", "rules"))
+    proposer_url: str = setting("", "base URLs of its servers, comma-separated; the key is in $PROPOSER_API_KEY")
+    proposer_model: str = setting("", "model to ask there (default: the only one served)")
+    proposer_extra: str = setting("", "JSON object added to each request to it, such as a switch for thinking")
+    verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
+    verifier_model: str = setting("", "model to ask there (default: the only one served)")
+    verifier_extra: str = setting("", "as --proposer-extra")
+    start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
+                         ("prompt", "own"))
+    rounds: int = setting(4, "most refinements of a rubric, two responses each")
+    max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
+                                  "that the rubric told apart before")
+    always: bool = setting(False, "refine even where the two best are told apart already, as the paper does")
+    output: str = setting("", "folder for everything that comes out (default: refined/<tasks>)")
+
+    SHARED = ("seed", "judge_concurrency")
+
+
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line and exit status 2."""
+    """A command line of which a mistake is one line and exit status 2."""
+
+    def add_flags(self, settings, shared=()):
+        """A flag for each field of the dataclass `settings`, or for its own ones and those in `shared`; None: not given."""
+        for field in dataclasses.fields(settings):
+            if shared and field.name not in (*shared, *settings.__annotations__):
+                continue
+            default, paper, choices = field.default, PAPER.get(field.name) if not shared else None, field.metadata["choices"]
+            shown = "" if default in ("", False, ()) else f" [{default}{'' if paper is None else f'; paper {paper}'}]"
+            kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+", "metavar": "FILE"}}.get(
+                field.type, {"type": field.type, "choices": choices,
+                             "metavar": None if choices else getattr(field.type, "__name__", "").upper()})
+            self.add_argument(flag(field.name), default=None, help=field.metadata["help"] + shown, **kind)
 
     def given(self, argv, ranks=False):
         """{name: value} of the flags that are given. ranks: whether torchrun may start several of this command."""
@@ -120,26 +181,16 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # by then torchrun has ended this rank, if rank 0 has said the same and left
-        print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
+        """Print the mistake and exit with status 2."""
+        terminal.error(self.prog, message)
         raise SystemExit(2)
 
 
-def parse_command_line(argv=None):
-    """(what to do: "train", "plan" or "calibrate", Config); exits with status 2 and one line on a mistake."""
+def parse_training(argv=None):
+    """(what to do: "train", "plan" or "calibrate", Config) of ruscarl.py's command line."""
     parser = Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
                      "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
-    for field in dataclasses.fields(Config):
-        help = field.metadata["help"]
-        paper = PAPER.get(field.name)
-        if field.type is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=help)
-            continue
-        shown = "" if field.default == "" else f" [{field.default}" + (f"; paper {paper}]" if paper is not None else "]")
-        choices = field.metadata["choices"]
-        parser.add_argument(flag(field.name), type=field.type, choices=choices, default=None, help=help + shown,
-                            metavar=None if choices else field.type.__name__.upper())
+    parser.add_flags(Config)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", dest="action", action="store_const", const="plan", default="train",
                          help="print steps, samples, judge calls and memory of the run instead of running it")
@@ -161,15 +212,76 @@ def parse_command_line(argv=None):
     return action, config
 
 
-def add_flags(parser, settings, names):
-    """A flag for each of the fields `names` of the dataclass `settings`; None where it is not given."""
-    for field in dataclasses.fields(settings):
-        if field.name in names:
-            shown = "" if field.default in ("", False) else f" [{field.default}]"
-            choices = field.metadata["choices"]
-            kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool else
-                    {"type": field.type, "choices": choices, "metavar": None if choices else field.type.__name__.upper()})
-            parser.add_argument(flag(field.name), default=None, help=field.metadata["help"] + shown, **kind)
+def parse_evaluation(argv=None):
+    """The Evaluation of evaluation.py's command line."""
+    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
+    parser.add_flags(Evaluation, Evaluation.SHARED)
+    given = parser.given(argv)
+    try:
+        config = Evaluation(**{**_evaluated(given), **given})
+        find_judge(config)
+        config.output = config.output or f"evaluations/{short_name(config.model)}"
+        for name in ("samples", "chunk"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
+        if config.held_out < 0:
+            raise ValueError(f"--held-out must not be negative, got {config.held_out}")
+        if config.temperature == 0 and config.samples > 1:
+            raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
+        check(dataclasses.replace(config, held_out=config.held_out or 1, temperature=config.temperature or 1.0))
+        if config.embedding and not (Path(config.embedding) / "config.json").is_file():
+            raise ValueError(f"--embedding: no model in {config.embedding}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
+
+
+def _evaluated(given):
+    """What an evaluation's flags start from: a run's own settings (on other tasks nothing is held out), or the paper's for
+    another model than smollm2."""
+    model = given["model"]
+    if not (Path(model) / "tasks.sha256").is_file():
+        return {} if model == "smollm2" else {name: value for name, value in paper_preset(model).items()
+                                              if name in Evaluation.FROM_RUN and name != "held_out"}
+    name, saved = saved_config(Path(model).absolute().parent, Path(model).name)
+    check_saved(name, saved)
+    own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
+    for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
+        was = saved.get(name)
+        if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:
+            raise ValueError(f"{flag(name)} {given[name]}: {model} has split its tasks with {flag(name)} {was}, and was "
+                             "trained on the others (--held-out 0 evaluates on all)")
+    return {name: saved[name] for name in Evaluation.FROM_RUN if name in saved and (own_tasks or name != "held_out")}
+
+
+def parse_refinement(argv=None):
+    """The Refinement of refine.py's command line."""
+    parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
+    parser.add_argument("tasks", metavar="TASKS", help="as ruscarl.py --tasks, but the rubrics may be missing")
+    parser.add_flags(Refinement, Refinement.SHARED)
+    try:
+        config = Refinement(**parser.given(argv))
+        config.output = config.output or f"refined/{Path(config.tasks).stem}"
+        check(config)
+        for name in ("limit", "rounds"):
+            if getattr(config, name) < 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(config, name)}")
+        if not 0 <= config.max_reversed <= 1:
+            raise ValueError(f"--max-reversed must be between 0 and 1, got {config.max_reversed}")
+        if not config.responses:
+            raise ValueError("--responses: give at least one file, such as evaluations/NAME/samples.jsonl")
+        if config.proposer == "chat" and not config.proposer_url:
+            raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
+        if config.proposer == "rules" and config.proposer_url:
+            raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
+        if config.proposer == "rules" and config.start == "prompt" and config.verifier_url:
+            raise ValueError("--verifier-url: --proposer rules writes only criteria that code checks (but with --start own)")
+        for name in ("proposer", "verifier"):
+            config.server(name)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
 
 
 def _new(given):
@@ -180,9 +292,13 @@ def _new(given):
     config = Config(**{**start, **given, "preset": preset})
     find_judge(config)
     if not config.name:
-        model = config.model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
-        config.name = f"{model}-{datetime.now():%Y%m%d-%H%M%S}"
+        config.name = f"{short_name(config.model)}-{datetime.now():%Y%m%d-%H%M%S}"
     return config
+
+
+def short_name(model):
+    """A folder name for a model: the last part of its hub id or path."""
+    return model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
 
 
 def find_judge(config):
@@ -193,9 +309,6 @@ def find_judge(config):
         config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
     if config.judge_url:
         config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
-    for name in ("judge_model", "judge_extra"):
-        if getattr(config, name) and not config.judge_url:
-            raise ValueError(f"{flag(name)} needs --judge-url (or $RUSCARL_JUDGE_URL)")
 
 
 def _resumed(given):
@@ -225,7 +338,7 @@ def check(config):
     """Raise ValueError, naming the flag, for a value that makes no sense or does not fit another."""
     for name in ("steps", "group_size", "batch_size", "mini_batch_size", "max_new_tokens", "max_prompt_tokens", "power",
                  "judge_concurrency", "held_out", "eval_every", "eval_samples", "save_every", "token_budget",
-                 "max_grad_norm", "keep_checkpoints", "max_skipped", "tensor_parallel", "gpus"):
+                 "max_grad_norm", "keep_checkpoints", "max_skipped", "gpus"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
     if config.group_size == 1:
@@ -242,8 +355,6 @@ def check(config):
         raise ValueError(f"--tis must be at least 1, or 0 for off, got {config.tis}")
     if config.tis and (config.top_p < 1 or config.top_k > 0):
         raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
-    if config.tensor_parallel > 1 and config.sampler == "transformers":
-        raise ValueError("--tensor-parallel needs --sampler vllm")
     if config.clip_low >= 1:
         raise ValueError(f"--clip-low must be below 1, got {config.clip_low}")
     if config.dual_clip != 0 and not config.dual_clip > 1:
@@ -257,29 +368,13 @@ def check(config):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
     if not config.model.strip():
         raise ValueError("--model must not be empty")
-    check_urls(config.judge_url, "--judge-url", "OPENAI_API_KEY")
-    judge_extra(config)
+    config.server("judge")
 
 
-def check_urls(urls, name, variable):
-    """Raise ValueError for one of the comma-separated base URLs of the flag `name` that is none, or that may hold a secret:
-    settings are written down and shown, so keys belong in the environment `variable`."""
-    for url in urls.split(",") if urls else []:
-        if set(url) & set("@?#"):
-            raise ValueError(f"{name}: a base URL has no user, password or query in it; a key goes into ${variable}")
-        if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
-            raise ValueError(f"{name}: {url!r} is not http:// or https:// and a server")
-
-
-def judge_extra(config):
-    """--judge-extra as a dict."""
-    try:
-        extra = json.loads(config.judge_extra or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--judge-extra is not JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise ValueError("--judge-extra must be a JSON object")
-    return extra
+def cache_dir():
+    """Where downloads are kept: $RUSCARL_CACHE, else $XDG_CACHE_HOME/ruscarl, else ~/.cache/ruscarl."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("RUSCARL_CACHE") or base / "ruscarl")
 
 
 def flag(name):

@@ -37,9 +37,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from plumbing import ranks
+from plumbing.config import cache_dir
 from plumbing.terminal import one_line
 
-if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+if not sys.stderr.isatty() or not ranks.leader():
     logging.disable_progress_bar()
 
 DEFAULT_MODEL = "smollm2"
@@ -152,8 +153,7 @@ def policy_folder(source):
 
 def default_model_folder(cache=None):
     """Folder of SmolLM2-135M-Instruct in transformers format; downloaded (93 MB) and converted the first time."""
-    cache = Path(cache or os.environ.get("RUSCARL_CACHE") or
-                 Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ruscarl")
+    cache = Path(cache or cache_dir())
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder

@@ -3,16 +3,11 @@
 Mistakes of the user's are ValueError or OSError with one line.
 """
 
-import hashlib
-import sys
-
 import torch
 from tqdm import tqdm
 
 from judge import ChatJudge, Judge, SelfJudge
-from plumbing import ranks
-from plumbing.chat import ChatClient
-from plumbing.config import judge_extra
+from plumbing import memory, ranks
 from plumbing.policy import (
     checkpoint_gradients,
     cpu_dtype,
@@ -27,18 +22,13 @@ from plumbing.policy import (
 )
 from plumbing.rules import rule_from_tags
 from plumbing.runs import Run
+from plumbing.terminal import say
 from plumbing.transformers_sampler import TransformersSampler
 from sampler import SamplingParams, VLLMSampler, vllm_obstacle
 from scaffold import scaffold_messages
-from tasks import load_tasks, split_tasks
-from tools import memory
+from tasks import digest, load_tasks, split_tasks
 
 JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that judges itself
-
-def say(line):
-    """A line for the person in front, above any progress bar; once, however many ranks there are."""
-    if ranks.leader():
-        tqdm.write(line, sys.stderr)
 
 
 def computing_dtype(config, device):
@@ -64,19 +54,9 @@ def check_judge(config, tasks):
         raise ValueError(f"--judge rules: task {task.id} has a criterion without a rule")
 
 
-def make_chat_client(config):
-    """The client for --judge-url, or None where no server judges."""
-    if not config.judge_url or config.judge in ("rules", "self"):
-        return None
-    return connect(config)
-
-
-def connect(config):
-    """A checked ChatClient for --judge-url. Raises ConnectionError or ValueError for a server that cannot judge."""
-    client = ChatClient(config.judge_url.split(","), config.judge_model,
-                        concurrency=max(1, config.judge_concurrency // ranks.size()), extra=judge_extra(config))
-    client.check()
-    return client
+def self_judged(config, tasks):
+    """Whether the policy judges itself: no server is given for criteria without a rule."""
+    return not config.judge_url and first_unruled(tasks) is not None
 
 
 def make_judge(client, tasks, tokenizer, sampler, context):
@@ -139,12 +119,16 @@ def choose_sampler(config, device):
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
-def make_sampler(config, policy, stops, dtype, device, vllm, why, **limits):
-    """The sampler, announced; on a CPU with --sampler auto, transformers takes over where vLLM refuses the model.
+def make_sampler(config, policy, tokenizer, **limits):
+    """The sampler, announced; `sync` gives it the weights. On a CPU with --sampler auto, transformers takes over where vLLM
+    refuses the model.
 
-    limits: of VLLMSampler, by name.
+    limits: max_model_len, max_num_seqs, gpu_memory of VLLMSampler, by name.
     """
+    device, stops = choose_device(config), stop_ids(policy, tokenizer)
+    dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
     precision = str(dtype).removeprefix("torch.")
+    multiply_with_onednn()
     if vllm:
         try:
             sampler = VLLMSampler(policy.config, stops, dtype, **limits)
@@ -168,8 +152,8 @@ def longest_prompts(config, tasks, tokenizer):
 def set_up(config):
     """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
 
-    Under torchrun this makes the process one of its ranks. Raises ValueError or OSError for a mistake of the user's, in
-    one line.
+    Under torchrun this makes the process one of its ranks. Raises ValueError or OSError, in one line, for a mistake of the
+    user's.
     """
     device = choose_device(config)
     ranks.join(device)
@@ -177,41 +161,29 @@ def set_up(config):
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
-    client = make_chat_client(config)
-    run = Run(config, hashlib.sha256(repr(tasks).encode()).hexdigest())
-    vllm, why = choose_sampler(config, device)
+    server = config.server("judge")
+    client = server.connect(max(1, config.judge_concurrency // ranks.size())) if server else None
+    run = Run(config, digest(tasks))
+    vllm, dtype = choose_sampler(config, device)[0], computing_dtype(config, device)
+    if len(set(ranks.gather((vllm, dtype)))) > 1:
+        raise ValueError("machines differ in whether vllm runs, or in their precision: give --sampler and --dtype")
     model_config, tokenizer = load_config(config.model)
     context = check_context(config, model_config)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-    dtype = computing_dtype(config, device)
-    if len(set(ranks.gather((vllm, dtype)))) > 1:
-        raise ValueError("machines differ in whether vllm runs, or in their precision: give --sampler and --dtype")
-    offload, gpu_memory = False, 0.0
-    if device == "cuda":
-        lengths = longest_prompts(config, tasks + held_out, tokenizer)
-        offload, parts = memory.needs(config, model_config, device, vllm, dtype, *lengths)
-        offload = max(ranks.gather(offload))  # GPUs may differ
-        gpu_memory = memory.vllm_share(config, parts) if vllm else 0.0
-        if offload:
-            say("offload: master weights, gradients and optimizer state stay in the host's memory")
+    offload, gpu_memory = gpu_layout(config, model_config, device, longest_prompts(config, tasks + held_out, tokenizer))
+    itself = self_judged(config, tasks + held_out)  # what a judge reads is longer than what it judges
+    limits = {"max_model_len": context if itself else config.max_prompt_tokens + config.max_new_tokens,
+              "gpu_memory": gpu_memory, **({} if itself else {"max_num_seqs": memory.samples_at_once(config)})}
     keep_freed_memory()
-    multiply_with_onednn()
     policy, tokenizer = load_policy(config.model)
-    self_judged = client is None and first_unruled(tasks + held_out) is not None
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
-    limits = {"max_model_len": context} if self_judged else {  # what a judge reads is longer than what it judges
-        "max_model_len": config.max_prompt_tokens + config.max_new_tokens,
-        "max_num_seqs": memory.samples_at_once(config)}
-    sampler = make_sampler(config, policy, stop_ids(policy, tokenizer), dtype, device, vllm, why, gpu_memory=gpu_memory,
-                           **limits)
+    sampler = make_sampler(config, policy, tokenizer, **limits)
     sampler.sleep()  # until the sync: sharding a policy takes room on a GPU
-    precision = dtype if device == "cuda" else torch.float32  # of the weights that compute; on a GPU FSDP casts the masters
-    reference = load_policy(config.model, dtype=precision)[0].requires_grad_(False) if config.kl > 0 else None
-    for model, offloaded in ((policy, offload), (reference, False)):
-        if model is not None:
-            model.compute_dtype = dtype if dtype != precision else None
-            if device == "cuda" or ranks.size() > 1:
-                shard(model, device, precision, offloaded)
+    reference = None
+    if config.kl > 0:
+        reference = load_policy(config.model, dtype=dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)
+        compute_on(reference, device, dtype, offload=False)
+    compute_on(policy, device, dtype, offload)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if config.resume:
         run.load_checkpoint(policy, optimizer)
@@ -224,3 +196,22 @@ def set_up(config):
         raise ValueError(f"--runs {config.runs}: not all ranks see it: it must be a folder that all machines share")
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
+
+
+def gpu_layout(config, model_config, device, lengths):
+    """(whether the host holds master weights, gradients and optimizer; the share of the GPU's memory that vLLM may take)."""
+    if device != "cuda":
+        return False, 0.0
+    vllm = choose_sampler(config, device)[0]
+    offload, parts = memory.needs(config, model_config, device, vllm, computing_dtype(config, device), *lengths)
+    if offload := max(ranks.gather(offload)):  # GPUs may differ
+        say("offload: master weights, gradients and optimizer state stay in the host's memory")
+    return offload, memory.vllm_share(config, parts) if vllm else 0.0
+
+
+def compute_on(model, device, dtype, offload):
+    """Have `model` compute in `dtype` on `device`. On a GPU, and on several ranks, FSDP2 holds it; on a CPU autocast rounds
+    its float32 weights."""
+    model.compute_dtype = dtype if device == "cpu" and dtype != torch.float32 else None
+    if device == "cuda" or ranks.size() > 1:
+        shard(model, device, dtype if device == "cuda" else torch.float32, offload)

@@ -26,7 +26,7 @@ SILENCE = 60  # seconds without one, after which a rank that others wait for cou
 PATIENCE = 15  # or for a rank that has been told to stop, which torchrun kills after 30
 COLLECTIVE = 120  # seconds that a collective may take
 
-_rank, _size = 0, 1
+_rank, _size = int(os.environ.get("RANK", "0")), 1  # `join` sets the size, and the rank before it is torchrun's word
 _store = None  # where ranks meet; None in a run of one process
 _meetings = 0
 _signal, _heard_at, _obedient = None, 0.0, False
@@ -236,15 +236,8 @@ def _hear(number, frame):
 
 
 def complain(line):
-    """Print an error that all ranks have, once; one that only this rank has, with its number."""
-    if leader():
-        print(line, file=sys.stderr, flush=True)
-        if _size > 1:
-            _store.set("complaint", "")
-        return
-    began = time.monotonic()
-    while not _store.check(["complaint"]):
-        if time.monotonic() - began > 5:
-            print(f"rank {_rank}: {line}", file=sys.stderr, flush=True)
-            return
-        time.sleep(0.1)
+    """Print an error: of one that all ranks have, the leader's is enough; one that only this rank has, with its number."""
+    if not leader():
+        time.sleep(5)  # if the leader has the same error, it has left by then, and torchrun has ended this rank
+        line = f"rank {_rank}: {line}"
+    print(line, file=sys.stderr, flush=True)

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from plumbing import ranks, terminal
 
 class Stopped(RuntimeError):
     """The run cannot go on; the message says why."""
-
 
 
 def saved_config(runs, name):
@@ -39,13 +37,18 @@ def saved_config(runs, name):
     path = Path(runs) / name / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no run to resume at {path.parent}")
+    return name, read_object(path)
+
+
+def read_object(path):
+    """The JSON object in the file `path`, a dict. Raises ValueError for anything else."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(saved, dict):
+    if not isinstance(found, dict):
         raise ValueError(f"{path}: must be a JSON object")
-    return name, saved
+    return found
 
 
 def write_whole(path, text):
@@ -55,36 +58,46 @@ def write_whole(path, text):
     os.replace(part, path)
 
 
-def whole_lines(path):
-    """Mend the end of `path`, a file of JSON objects, one a line, or the next one would be glued to it: a last line that a
-    kill has torn is removed, one that lacks only its line break gets it."""
-    content = path.read_bytes() if path.exists() else b""
-    begin = content.rfind(b"\n") + 1
-    if not content[begin:].startswith(b"{"):  # nothing, or nothing that was written here: whoever reads it will say so
-        return
-    try:
-        json.loads(content[begin:])
-    except ValueError:
-        os.truncate(path, begin)
-        print(f"{path}: its last line was cut off, and is removed", file=sys.stderr)
-    else:
-        with open(path, "ab") as file:
-            file.write(b"\n")
+class JsonLines:
+    """A file of JSON objects, one a line, that is read when it is opened and then only appended to.
 
+    Opening repairs a last line that a kill cut off, and says so. check: a function that raises ValueError for a record that
+    does not belong there. rows: the records. Raises ValueError with file and line for what is no such record.
+    """
 
-def read_rows(path):
-    """The rows of `path`, a file of JSON objects, one a line, whose end is mended (see whole_lines); none where it is not
-    there. Raises ValueError, with the line, for what is no JSON object."""
-    whole_lines(path)
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    def __init__(self, path, check=lambda record: None):
+        self.path, self.rows = Path(path), []
+        self._repair()
+        for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                check(record)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                why = "not a JSON object" if isinstance(error, json.JSONDecodeError | RecursionError) else error
+                raise ValueError(f"{self.path}, line {number}: {why}") from None
+            self.rows.append(record)
+
+    def _repair(self):
+        content = self.path.read_bytes() if self.path.exists() else b""
+        begin = content.rfind(b"\n") + 1
+        if not content[begin:].startswith(b"{"):  # nothing, or no line of ours, which is refused when it is read
+            return
         try:
-            rows.append(json.loads(line))
+            json.loads(content[begin:])
         except ValueError:
-            rows.append(None)
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-    return rows
+            os.truncate(self.path, begin)
+            terminal.say(f"{self.path}: its last line was cut off, and is removed")
+        else:
+            with open(self.path, "ab") as file:  # the line lacks only its line break
+                file.write(b"\n")
+
+    def append(self, records):
+        """Add `records` at the end."""
+        self.rows += records
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def claim(folder, settings, kept):
@@ -93,12 +106,7 @@ def claim(folder, settings, kept):
     kept: name of the file that is kept. Raises ValueError where settings.json says something else or is missing.
     """
     path = folder / "settings.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(saved, dict):
-        raise ValueError(f"{path}: must be a JSON object")
+    saved = read_object(path) if path.exists() else {}
     if not saved and (folder / kept).exists():
         raise ValueError(f"--output {folder}: there is a {kept} without its settings.json")
     for name, value in settings.items():
@@ -111,6 +119,13 @@ def claim(folder, settings, kept):
         write_whole(path, json.dumps({**saved, **settings}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
+
+
+PANELS = {  # of curves.png: label: metrics
+    "score": ("reward/mean", "reward/unscaffolded"), "share of the rubric shown": ("scaffold/ratio",),
+    "nats a token": ("entropy", "kl"), "response length, tokens": ("response/length",),
+    "share": ("response/truncated", "reward/zero_variance_groups", "clip_fraction", "judge/unknown"),
+    "seconds a step": ("time/sample", "time/judge", "time/update")}
 
 
 class Run:
@@ -193,7 +208,7 @@ class Run:
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
-        rows = read_rows(self.metrics)
+        rows = JsonLines(self.metrics).rows
         for number, row in enumerate(rows, 1):
             if type(row.get("step")) is not int:
                 raise ValueError(f"{self.metrics}, line {number}: step: must be a whole number, got {row.get('step')!r}")
@@ -214,7 +229,7 @@ class Run:
 
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
-        from plumbing.checkpoints import save
+        from plumbing.checkpoints import save  # torch, which the command line does without
 
         if self._saved != self.steps_done:
             save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
@@ -235,7 +250,7 @@ class Run:
             if step == 0 and self.metrics.exists():
                 old = self.metrics.with_name("metrics.old.jsonl")
                 os.replace(self.metrics, old)
-                print(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}", file=sys.stderr)
+                terminal.say(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}")
             if [row["step"] for row in rows] != list(range(step)):
                 raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
             write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -247,32 +262,19 @@ class Run:
 
         rows = self.rows()
         figure = Figure((13, 7), layout="constrained")
-        axes = figure.subplots(2, 3)
-        panels = [
-            ("score", ["reward/mean", "reward/unscaffolded"]),
-            ("share of the rubric shown", ["scaffold/ratio"]),
-            ("nats a token", ["entropy", "kl"]),
-            ("response length, tokens", ["response/length"]),
-            ("share", ["response/truncated", "reward/zero_variance_groups", "clip_fraction", "judge/unknown"]),
-            ("seconds a step", ["time/sample", "time/judge", "time/update"]),
-        ]
-        styles = ["-", "--", ":", "-."]
-        for axis, (label, names) in zip(axes.flat, panels):
-            for name, style in zip(names, styles):
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                if points:
+        figure.suptitle(self.folder.name)
+        for axis, (label, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+            for name, style in zip(names, ("-", "--", ":", "-.")):
+                if points := [(row["step"], row[name]) for row in rows if name in row]:
                     axis.plot(*zip(*points), style, label=name, linewidth=1.4)
+            evals = [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]
+            if label == "score" and evals:
+                axis.errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2,
+                              label="eval/score (held out, no scaffold), 1 s.e.")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
-        evals = [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]
-        if evals:
-            steps, scores, errors = zip(*evals)
-            axes.flat[0].errorbar(steps, scores, errors, fmt="o-", color="black", capsize=4, linewidth=2,
-                                  label="eval/score (held out, no scaffold), 1 s.e.")
-        for axis in axes.flat:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
-        figure.suptitle(self.folder.name)
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 

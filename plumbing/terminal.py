@@ -1,6 +1,7 @@
 """What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -49,6 +50,37 @@ def say(line):
     """A line for the person in front, above any progress bar; once, however many ranks there are."""
     if ranks.leader():
         tqdm.write(line, sys.stderr)
+
+
+def error(command, message):
+    """The one line that tells a mistake; of many ranks' equal mistakes only one is told."""
+    ranks.complain(f"{command}: error: {one_line(str(message))}")
+
+
+def exit_status(command, main):
+    """What main() returns; 2, after one line, where it raises ValueError or OSError; 130 after Ctrl-C.
+
+    RUSCARL_TRACEBACK=1 shows where an error came from.
+    """
+    try:
+        return main()
+    except (ValueError, OSError) as mistake:
+        if os.environ.get("RUSCARL_TRACEBACK"):
+            raise
+        error(command, mistake)
+        return 2
+    except KeyboardInterrupt:
+        ranks.complain(f"{command}: interrupted; the same command starts again, or goes on where it keeps what is done")
+        return 130
+
+
+def run_command(command, main):
+    """Leave with the `exit_status` of main()."""
+    status = exit_status(command, main)
+    sys.stdout.flush()
+    if status > 2:  # interrupted: sys.exit would wait for requests that are still under way
+        os._exit(status)
+    sys.exit(status)
 
 
 def step_line(row, rollouts, show_sample):
@@ -112,8 +144,3 @@ def side_by_side(left, right, width=58):
         a, b = (column[i] if i < len(column) else "" for column in columns)
         print(f"{a:{width}s}  |  {b}")
 
-
-def run_command(prog, main):
-    status = main()
-    sys.stdout.flush()
-    sys.exit(status)

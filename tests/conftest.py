@@ -39,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fork_server import ForkServer
+from plumbing import terminal
 
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None and not os.environ.get("CI"),
@@ -176,7 +177,8 @@ def here(capfd):
     def run(module, *arguments):
         try:
             parsed = module.parse_command_line([str(argument) for argument in arguments])
-            status = module.main(*parsed) if isinstance(parsed, tuple) else module.main(parsed)
+            parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+            status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
         except SystemExit as stop:
             status = stop.code
         return status, "".join(capfd.readouterr())
@@ -190,7 +192,8 @@ def refused(module, capsys, *arguments):
     """The one line with which the command of `module` refuses; in this process, which spares the imports."""
     try:
         parsed = module.parse_command_line([str(argument) for argument in arguments])
-        status = module.main(*parsed if isinstance(parsed, tuple) else [parsed])
+        parsed = parsed if isinstance(parsed, tuple) else (parsed,)
+        status = terminal.exit_status(f"{module.__name__}.py", lambda: module.main(*parsed))
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
@@ -323,13 +326,13 @@ class Server:
     """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
     body text), or None to hang up without an answer, set by the test; `requests`: the bodies received."""
 
-    def __init__(self, port=0):
+    def __init__(self, port=0, model="judge"):
         self.requests, self.answers = [], None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, {}, json.dumps({"data": [{"id": "judge"}]}))
+                self.reply(200, {}, json.dumps({"data": [{"id": model}]}))
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

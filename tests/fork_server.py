@@ -23,7 +23,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
+OWN = (ROOT, ROOT / "plumbing", ROOT / "tools", ROOT / "tests")
 LONGEST = 1 << 17  # bytes of a request: arguments and environment
+loaded = set()  # names of modules, in the server
 
 
 class Process:
@@ -118,13 +120,17 @@ def serve(requests):
 
 
 def load(modules):
-    """Import what is not imported yet; children need not look at it when they collect garbage."""
-    if any(name not in sys.modules for name in modules):
+    """Import what has not been imported before, and forget the project's own modules: each child imports them for itself."""
+    if not loaded.issuperset(modules):
+        loaded.update(modules)
         for name in modules:
             with contextlib.suppress(Exception):  # the command will say what is wrong with it
                 importlib.import_module(name)
+        for name, module in list(sys.modules.items()):
+            if name != "__main__" and Path(getattr(module, "__file__", None) or "/").parent in OWN:
+                del sys.modules[name]
         gc.collect()
-        gc.freeze()
+        gc.freeze()  # children need not look at it when they collect garbage
 
 
 def watch(pid, ended):

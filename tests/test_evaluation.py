@@ -1,6 +1,5 @@
 """Figures of an evaluation against hand-computed ones, and the command line on the tiny model."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -12,9 +11,11 @@ import pytest
 import torch
 
 import evaluation
-from answers import Samples, load_embedding, response_statistics
+import refine
 from conftest import RUN, Server, command, completion, needs_vllm, read, refused, tiny_model, tiny_tokenizer, write_tasks
-from tasks import Criterion, Task
+from evaluation import Samples, response_statistics
+from tasks import Criterion, Task, digest
+from tools.embedding import load_embedding
 from tools.measures import (
     agreement,
     best_of_n,
@@ -78,7 +79,8 @@ def test_best_of_n_against_all_subsets():
                 for row in scores if len(known := row[~numpy.isnan(row)]) >= point["n"]]
         assert point["mean"] == pytest.approx(numpy.mean(best))
         assert point["se"] == pytest.approx(numpy.std(best) / math.sqrt(len(best)), rel=0.1)
-    assert best_of_n(numpy.array([[NAN, 0.3]])) == [{"n": 1, "mean": 0.3, "se": pytest.approx(0), "tasks": 1}]
+    same = {"mean": pytest.approx(0.3), "low": pytest.approx(0.3), "high": pytest.approx(0.3)}
+    assert best_of_n(numpy.array([[NAN, 0.3]])) == [{"n": 1, **same, "se": pytest.approx(0), "tasks": 1}]
     assert best_of_n(numpy.full((1, 2), NAN)) == []
     many = best_of_n(numpy.arange(300.0)[None])  # the best of n of 0..K-1: n (K + 1) / (n + 1) - 1
     assert all(p["mean"] == pytest.approx(p["n"] * 301 / (p["n"] + 1) - 1) for p in many)
@@ -94,14 +96,14 @@ def test_tag_scores_by_hand():
 def test_paired_difference():
     scores, others = numpy.array([[1.0, 0.0], [0.5, NAN], [NAN, NAN]]), numpy.array([[0.2, 0.2], [0.1, 0.3], [1.0, 1.0]])
     found = paired(scores, others)
-    assert found["difference"] == pytest.approx((0.3 + 0.3) / 2) and found["tasks"] == 2
+    assert found["mean"] == pytest.approx((0.3 + 0.3) / 2) and found["tasks"] == 2
     assert found["low"] == pytest.approx(0.3) and found["high"] == pytest.approx(0.3)
     rng = numpy.random.default_rng(2)
     shared = rng.normal(0, 5, size=(200, 1))  # paired: what the tasks share does not widen the interval
     found = paired(shared + rng.normal(0.2, 0.5, size=(200, 4)), shared)
     width = 2 * 1.96 * 0.25 / math.sqrt(200)
     assert found["high"] - found["low"] == pytest.approx(width, rel=0.25) and found["low"] < 0.2 < found["high"]
-    assert paired(numpy.full((2, 1), NAN), numpy.ones((2, 1)))["difference"] is None
+    assert paired(numpy.full((2, 1), NAN), numpy.ones((2, 1)))["mean"] is None
 
 
 def test_self_bleu_by_hand():
@@ -126,16 +128,30 @@ def test_cosine_distance_novelty_and_means_by_hand():
 
 
 def test_agreement_of_two_judges_by_hand():
-    def record(task, first, second, reward, reward2):
-        return {"task": task, "verdicts": first, "verdicts2": second, "reward": reward, "reward2": reward2}
+    def sample(first, second, rewards, names="ab"):
+        return {"verdicts": dict(zip(names, (first, second))), "rewards": dict(zip(names, rewards))}
 
-    found = agreement([record("1", [True, False, None], [True, True, True], None, 0.2),
-                       record("2", [True, False], [True, False], 0.5, 1.0),
-                       record("3", [False, True], [None, False], 0.1, None),
-                       record("4", [True], [True], 1.0, 2.0)])
-    assert found["verdicts"] == 6 and found["agreement"] == pytest.approx(4 / 6)
-    assert found["balanced_f1"] == pytest.approx((2 * 3 / 8 + 2 * 1 / 4) / 2)  # met: 3 of 4 and 4; not met: 1 of 2 and 2
+    task = Task("1", [], tuple(Criterion(text, 1) for text in "xyz"))
+    samples = [[sample([True, False, None], [True, True, True], (None, 0.2)),
+                sample([True, False, True], [True, False, True], (0.5, 1.0))],
+               [sample([False, True, None], [None, False, False], (0.1, None)), sample([None] * 3, [True] * 3, (None, 1.0))],
+               [sample([True, None, None], [True, True, None], (1.0, 2.0)),
+                {"verdicts": {"a": [True] * 3}, "rewards": {"a": 1.0}}]]  # b has not been asked
+    found = agreement([task] * 3, samples, "a", "b")
+    assert found["verdicts"] == 7 and found["agreement"] == pytest.approx(5 / 7)
+    assert found["balanced_f1"] == pytest.approx((2 * 4 / (5 + 5) + 2 * 1 / (2 + 2)) / 2)  # met, not met
     assert found["correlation"] == pytest.approx(1)
+    for name in ("agreement", "balanced_f1"):
+        low, high = found[f"{name}_95"]
+        assert 0 <= low < found[name] < high <= 1
+    assert agreement([task] * 3, samples, "a", "nobody") == {
+        "verdicts": 0, "agreement": None, "balanced_f1": None, "correlation": None}
+    ruled = Task("1", [], (Criterion("x", 1, tuple(RUBRIC[0]["tags"])), *task.rubric[1:]))
+    names = ("rules and a", "rules and b")  # what rules have decided for both is no agreement of theirs
+    samples = [[sample([True, False, True], [True, True, True], (0.5, 1.0), names)]]
+    assert agreement([ruled], samples, *names)["agreement"] == 1 / 2
+    samples = [[sample([True, False, True], [True, True, True], (0.5, 1.0), ("rules and a", "b"))]]
+    assert agreement([ruled], samples, "rules and a", "b")["agreement"] == 2 / 3
 
 
 def test_novelty_and_entropy_equal_one_sequence_at_a_time():
@@ -154,8 +170,8 @@ def test_novelty_and_entropy_equal_one_sequence_at_a_time():
             if model is new:
                 entropies += (-(logp.exp() * logp).sum(-1)).tolist()
         rho.append(math.exp(ratio))
-    means, entropy = response_statistics(new, prompts, responses, 24, "")
-    start, _ = response_statistics(initial, prompts, responses, 24, "")
+    means, entropy = response_statistics(new, prompts, responses, 24)
+    start, _ = response_statistics(initial, prompts, responses, 24)
     assert numpy.exp(numpy.subtract(means, start)) == pytest.approx(rho, rel=1e-4)
     assert novelty(numpy.subtract(means, start))["median"] == pytest.approx(numpy.median(rho), rel=1e-4)
     assert entropy == pytest.approx(numpy.mean(entropies), rel=1e-4)
@@ -188,11 +204,11 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
     assert len(records) == 2 * 12 * 3 and len({(r["side"], r["task"], r["sample"]) for r in records}) == 72
     scores = {}
     for r in records:
-        assert r["reward"] == pytest.approx(letter_score(r["text"]))
-        scores.setdefault(r["side"], {}).setdefault(r["task"], []).append(r["reward"])
+        assert r["rewards"] == {"rules": pytest.approx(letter_score(r["text"]))} and list(r["verdicts"]) == ["rules"]
+        scores.setdefault(r["side"], {}).setdefault(r["task"], []).append(r["rewards"]["rules"])
     matrices = {side: numpy.array([of_side[str(i)] for i in range(12)]) for side, of_side in scores.items()}
     for side, matrix in matrices.items():
-        found = results["models"][side]["judge"]
+        found = results["models"][side]["judges"]["rules"]
         assert found["runs"] == pytest.approx(matrix.mean(0).clip(0, 1))
         assert found["score"] == pytest.approx(matrix.mean(0).clip(0, 1).mean())
         assert found["best_of_n"][0]["mean"] == pytest.approx(found["mean"]) == pytest.approx(matrix.mean())
@@ -204,7 +220,7 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
         assert 0 < results["models"][side]["diversity"]["mean"] <= 1
         assert 0 < results["models"][side]["semantic_distance"]["mean"] < 2
     difference = (matrices["model"] - matrices["base"]).mean()
-    assert results["comparison"]["judge"]["difference"] == pytest.approx(difference)
+    assert results["comparison"]["rules"]["mean"] == pytest.approx(difference)
     novel = results["novelty"]
     assert novel["responses"] == 36 and novel["median"] > 2  # each model prefers its own responses
     for name in ("best_of_n", "tags", "novelty"):
@@ -220,19 +236,22 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
     assert (folder / "samples.jsonl").read_bytes() == whole
     assert json.loads((folder / "results.json").read_text()) == results
 
+    for change in ({"task": "nosuch"}, {"sample": 3}, {"verdicts": {"rules": [True]}}, {"text": None}):
+        (folder / "samples.jsonl").write_bytes(lines[0] + json.dumps({**json.loads(lines[1]), **change}).encode() + b"\n")
+        assert "samples.jsonl, line 2: " in refused(evaluation, capsys, *arguments)
     (folder / "samples.jsonl").write_bytes(lines[0] + b"{}\n" + whole)
-    assert "samples.jsonl, line 2" in refused(evaluation, capsys, *arguments)
+    assert "samples.jsonl, line 2: " in refused(evaluation, capsys, *arguments)
 
 
 def test_samples_of_one_side_in_the_order_of_tasks(tmp_path):
     tasks = [Task(name, [], (Criterion("c", 1),)) for name in ("z", "a")]
-    samples = Samples(tmp_path)
+    config = evaluation.parse_command_line(["smollm2", "--output", str(tmp_path), "--judge", "self", "--samples", "2"])
+    samples = Samples(config, tasks, None)
     for verdict in (None, True):  # the later line counts
         samples.add([{"side": side, "task": t.id, "sample": k, "text": "x", "token_ids": [1], "finished": True,
-                      "verdicts": [verdict]} for side in ("base", "model") for t in tasks for k in (1, 0)],
-                    {t.id: t for t in tasks})
-    found = Samples(tmp_path).of("model", tasks)
-    assert [[(r["task"], r["sample"], r["reward"]) for r in of] for of in found] == [
+                      "verdicts": {"self": [verdict]}} for side in ("base", "model") for t in tasks for k in (1, 0)])
+    found = Samples(config, tasks, None).of("model")
+    assert [[(r["task"], r["sample"], r["rewards"]["self"]) for r in of] for of in found] == [
         [("z", 0, 1.0), ("z", 1, 1.0)], [("a", 0, 1.0), ("a", 1, 1.0)]]
 
 
@@ -241,53 +260,105 @@ def asked(body):
     return re.search(r"Is (\w+)\.", body["messages"][1]["content"].split("Criterion")[1])[1]
 
 
+def judge_says(criterion_is_met):
+    """Answers of a judge. criterion_is_met: the word in the criterion -> whether it is met."""
+    return lambda body, number: completion(json.dumps({"explanation": "", "criteria_met": criterion_is_met(asked(body))}))
+
+
 def test_unknown_verdicts_are_asked_again_and_nothing_else(model_folder, server, tmp_path):
-    second = Server()
-    failing = {"on": True}
-
-    def first_answers(body, number):
-        if asked(body) == "short" and failing["on"]:
-            return 400, {}, '{"error": {"message": "no such thing"}}'
-        return completion('{"explanation": "", "criteria_met": %s}' % ("true" if asked(body) == "kind" else "false"))
-
-    def second_answers(body, number):
-        return completion('{"explanation": "", "criteria_met": true}')
-
-    server.answers, second.answers = first_answers, second_answers
+    says, fails = judge_says(lambda word: word == "kind"), (400, {}, '{"error": {"message": "no such thing"}}')
+    server.answers = lambda body, number: fails if asked(body) == "short" else says(body, number)
     rubric = [*OPEN, {"criterion": "Is long.", "points": 1, "tags": RUBRIC[0]["tags"][1:]}]
-    arguments = [model_folder, *flags(tmp_path, rubric=rubric, samples=2), "--judge-url", server.url,
-                 "--judge2-url", second.url]
-    status, _, err, _ = command(EVALUATE, *arguments, env={"OPENAI_API_KEY": "one", "JUDGE2_API_KEY": "two"})
+    arguments = [model_folder, *flags(tmp_path, rubric=rubric, samples=2), "--judge-url", server.url]
+    status, _, err, _ = command(EVALUATE, *arguments, env={"OPENAI_API_KEY": "one"})
     assert status == 1 and "HTTP 400: no such thing" in err and "24 verdicts could not be had" in err, err
     # every criterion without a rule once (a refused one is tried once more, without response_format), the rule's not
     refused = [body for body in server.requests if asked(body) == "short"]
     assert len(server.requests) - len(refused) == 2 * 12 * 2 and len(refused) == 2 * 12 * 2
-    assert len(second.requests) == 12 * 2 * 4  # the second judge is asked about criteria with a rule, too
     assert {b["_authorization"] for b in server.requests} == {"Bearer one"}
-    assert {b["_authorization"] for b in second.requests} == {"Bearer two"}
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    found = results["models"]["model"]
-    assert found["judge"]["score"] is None and found["judge"]["unscored"] == 24 and found["judge"]["unknown"] == 24
-    assert found["judge2"]["score"] == 1 and found["agreement"]["verdicts"] == 24 * 3
+    found = results["models"]["model"]["judges"]["rules and judge"]
+    assert found["score"] is None and found["unscored"] == 24 and found["unknown"] == 24
     first = read(tmp_path / "out" / "samples.jsonl")
-    assert len(first) == 24 and all(r["verdicts"][2] is None and r["reward"] is None for r in first)
+    assert len(first) == 24
+    assert all(r["verdicts"]["rules and judge"][2] is r["rewards"]["rules and judge"] is None for r in first)
 
-    failing["on"], server.requests[:], second.requests[:] = False, [], []
+    server.answers, server.requests[:] = says, []
     status, _, err, _ = command(EVALUATE, *arguments)
     assert status == 0, err
-    assert [asked(body) for body in server.requests] == ["short"] * 24 and second.requests == []
+    assert [asked(body) for body in server.requests] == ["short"] * 24
     again = read(tmp_path / "out" / "samples.jsonl")
     assert [r["text"] for r in again[24:]] == [r["text"] for r in again[:24]]  # judged again, not sampled again
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["model"]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["model"]["judges"]["rules and judge"]
     by_rule = sum("a" in r["text"] for r in first)
-    assert found["judge"]["score"] == pytest.approx((24 + by_rule) / (4 * 24)) and found["judge"]["unknown"] == 0
-    assert found["agreement"]["agreement"] == pytest.approx((24 + by_rule) / (4 * 24))
+    assert found["score"] == pytest.approx((24 + by_rule) / (4 * 24)) and found["unknown"] == 0
 
     server.requests[:] = []
     status, _, err, _ = command(EVALUATE, *arguments)
-    assert status == 0 and server.requests == [] and second.requests == [], err
+    assert status == 0 and server.requests == [], err
     assert len(read(tmp_path / "out" / "samples.jsonl")) == 48
+
+
+def test_another_judge_judges_the_kept_responses_again(model_folder, other_folder, server, tmp_path, monkeypatch, here):
+    monkeypatch.delenv("RUSCARL_JUDGE_URL", raising=False)
+    second = Server(model="second")
+    server.answers = judge_says(lambda word: word != "short")
+    rubric = [*OPEN, {"criterion": "Is long.", "points": 2, "tags": RUBRIC[0]["tags"]}]
+    arguments = [model_folder, "--base", other_folder, *flags(tmp_path, rubric=rubric, samples=2)]
+    status, text = here(evaluation, *arguments, "--judge-url", server.url)
+    assert status == 0 and "agreement" not in text, text
+    first = read(tmp_path / "out" / "samples.jsonl")
+    assert len(first) == 2 * 12 * 2
+
+    # the second judge fails in the middle; the same command then asks it for what it has not said
+    second.answers = lambda body, n: judge_says(lambda word: word == "kind")(body, n) if n <= 100 else (400, {}, "")
+    asking = ["--judge", "chat", "--judge-url", second.url]
+    monkeypatch.setattr(evaluation.prepare, "make_sampler", None)  # nothing is sampled any more
+    assert "verdicts could not be had" in here(evaluation, *arguments, *asking)[1]
+    second.requests[:] = []
+    second.answers = judge_says(lambda word: word == "kind")
+    server.requests[:] = []
+    status, text = here(evaluation, *arguments, *asking)
+    assert status == 0, text
+    assert 0 < len(second.requests) <= 2 * 12 * 2 * 4 - 100 + 1 and server.requests == []
+    rows = read(tmp_path / "out" / "samples.jsonl")
+    newest = list({(r["side"], r["task"], r["sample"]): r for r in rows}.values())
+    assert [(r["text"], r["token_ids"]) for r in newest] == [(r["text"], r["token_ids"]) for r in first]
+    for before, r in zip(first, newest):  # the first judge's verdicts stay; the second decides what has a rule, too
+        assert r["verdicts"] == {**before["verdicts"], "second": [True, False, False, False]}
+        assert r["rewards"] == {**before["rewards"], "second": 0.2}
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["judges"] == ["second", "rules and judge"] and set(results["comparison"]) == {"second", "rules and judge"}
+    for side, model in results["models"].items():
+        by_rule = numpy.mean(["a" in r["text"] for r in first if r["side"] == side])
+        found = model["agreement"]["rules and judge"]
+        assert found["verdicts"] == 24 * 4 and found["agreement"] == pytest.approx((2 + (1 - by_rule)) / 4)
+        assert found["agreement_95"][0] <= found["agreement"] <= found["agreement_95"][1]
+        assert model["judges"]["rules and judge"]["mean"] == pytest.approx((2 + 2 * by_rule) / 5)
+        assert model["judges"]["second"]["mean"] == pytest.approx(1 / 5) and found["correlation"] is None
+    assert "judge: second" in text and "agreement of second with rules and judge" in text and "balanced F1" in text
+
+    assert "another --judge-extra for second" in refused_again(here, *arguments, *asking, "--judge-extra", '{"seed": 1}')
     second.close()
+
+
+def test_questions_without_rubrics_get_responses_that_refine_takes(model_folder, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    questions = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(2)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    status, text = here(evaluation, model_folder, "--tasks", "questions.jsonl", "--samples", 3, "--sampler", "transformers",
+                        "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--output", "out")
+    assert status == 0 and "judge: nobody" in text, text
+    texts = refine.read_responses(["out/samples.jsonl"], ["0", "1"])
+    assert {name: len(found) for name, found in texts.items()} == {"0": 3, "1": 3}
+
+
+def refused_again(here, *arguments):
+    """What the command says that refuses, in this process."""
+    status, text = here(evaluation, *arguments)
+    assert status == 2, text
+    return text
 
 
 def test_the_model_judges_itself_and_other_settings_are_refused(model_folder, other_folder, tmp_path, capsys, monkeypatch):
@@ -298,7 +369,7 @@ def test_the_model_judges_itself_and_other_settings_are_refused(model_folder, ot
     status, _, err, _ = command(EVALUATE, *arguments)
     assert status == 0 and "judges itself" in err, err
     found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["model"]
-    assert found["judge"]["unknown"] == 0 and found["diversity"] is None
+    assert found["judges"]["self"]["unknown"] == 0 and found["diversity"] is None
     kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
     for change, message in [(["--samples", 2], "--samples: 1 there, 2 now"), (["--seed", 1], "--seed: 0 there, 1 now"),
                             (["--base", other_folder], "--base"), (["--tasks", "first_aid"], "--tasks")]:
@@ -338,7 +409,7 @@ def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_p
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "sampler: vllm in float32" in err
     assert results["novelty"]["median"] > 2  # the first engine had the first model's weights,
-    assert results["models"]["base"]["judge"]["responses"] == 36
+    assert results["models"]["base"]["judges"]["rules"]["responses"] == 36
     status, _, err, _ = command(EVALUATE, *[other_folder, *arguments[1:2], model_folder, *arguments[3:]], "--output",
                                 tmp_path / "swapped")
     assert status == 0, err
@@ -353,7 +424,7 @@ def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_p
 def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path, capsys):
     run, tasks = tmp_path / "run", [Task(str(i), [], (Criterion("c", 1),)) for i in range(4)]
     run.mkdir()
-    (run / "tasks.sha256").write_text(hashlib.sha256(repr(tasks).encode()).hexdigest() + "\n")
+    (run / "tasks.sha256").write_text(digest(tasks) + "\n")
     (run / "config.json").write_text(json.dumps({"tasks": "mine.jsonl", "held_out": 3, "top_p": 0.5}))
     config = evaluation.parse_command_line([str(run)])
     assert (config.tasks, config.held_out, config.top_p) == ("mine.jsonl", 3, 0.5)
@@ -368,27 +439,12 @@ def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path, capsys):
     evaluation.check_held_out(other, tasks[:3])
 
 
-def test_embeddings_from_a_server(server, monkeypatch):
-    vectors = {"a": [1.0, 0.0], "b": [0.0, 2.0], "c": [3.0, 0.0]}
-
-    def answers(body, number):
-        if number == 1:
-            return 503, {}, "busy"
-        rows = [{"index": i, "embedding": vectors[text]} for i, text in enumerate(body["input"])]
-        return 200, {}, json.dumps({"data": rows[::-1]})
-
-    server.answers = answers
-    monkeypatch.setenv("EMBEDDING_API_KEY", "secret")
-    embed = load_embedding(server.url)
-    assert embed(["a", "b", "c"]).tolist() == [vectors["a"], vectors["b"], vectors["c"]]
-    assert server.requests[-1]["model"] == "judge" and server.requests[-1]["_authorization"] == "Bearer secret"
-    assert cosine_distance(embed(["a", "b", "c"])) == pytest.approx(2 / 3)
-    for status, text, message in ((400, "no", "400"), (200, "{}", "does not answer with embeddings"),
-                                  (200, '{"data": [{"index": 0, "embedding": [1]}]}', "2 texts sent")):
-        server.answers = lambda body, number, status=status, text=text: (status, {}, text)
-        with pytest.raises(ValueError, match=message) as caught:
-            embed(["a", "b"])
-        assert "secret" not in str(caught.value)
+def test_an_embedding_is_the_mean_state_of_a_texts_tokens(model_folder):
+    texts = ["drink water", "it is true", "drink water"]
+    vectors = load_embedding(model_folder)(texts)
+    ids = torch.tensor([tiny_tokenizer()(texts[1])["input_ids"]])
+    assert vectors[1] == pytest.approx(tiny_model().model(ids).last_hidden_state[0].mean(0).detach().numpy(), abs=1e-5)
+    assert vectors[0].tolist() == vectors[2].tolist() and vectors.shape == (3, 128)
 
 
 def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monkeypatch):
@@ -403,12 +459,10 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
         ([], "MODEL"), ([model_folder, "--samples", 0], "--samples"), ([model_folder, "--chunk", 0], "--chunk"),
         ([model_folder, "--held-out", -1], "--held-out"), ([model_folder, "--top-p", 2], "--top-p"),
         ([model_folder, "--nosuch"], "--nosuch"), ([model_folder, "--judge-url", "ftp://x"], "--judge-url"),
-        ([model_folder, "--judge2-url", "ftp://x"], "--judge2-url"), ([model_folder, "--judge2-model", "x"], "--judge2-url"),
-        ([model_folder, *good, "--judge2-url", "http://127.0.0.1:9/v1"], "--judge2-url: no server answers"),
-        ([model_folder, "--judge2-url", "http://x", "--judge2-extra", "["], "--judge2-extra"),
-        ([model_folder, "--embedding", tmp_path], "--embedding"),
-        ([model_folder, "--embedding-model", "x"], "--embedding-model needs"),
-        ([model_folder, *good, "--embedding", "http://127.0.0.1:9/v1"], "--embedding: no server answers"),
+        ([model_folder, "--judge-model", "x"], "--judge-url"), ([model_folder, *good, "--judge", "chat"], "--judge-url"),
+        ([model_folder, *good, "--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
+        ([model_folder, "--judge-url", "http://x", "--judge-extra", "["], "--judge-extra"),
+        ([model_folder, "--embedding", tmp_path], "--embedding"), ([model_folder, "--embedding", "http://x"], "--embedding"),
         ([model_folder, *good, "--temperature", 0], "--temperature 0"),
         ([model_folder, *good, "--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
         ([model_folder, *good, "--tasks", open_tasks, "--judge", "rules"], "--judge rules"),
@@ -429,4 +483,4 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
 
 def test_help_is_quick():
     status, out, _, seconds = command(EVALUATE, "--help")
-    assert status == 0 and seconds < 3 and "--judge2-url" in out and "--eval-every" not in out
+    assert status == 0 and seconds < 3 and "--judge-url" in out and "--eval-every" not in out

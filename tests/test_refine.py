@@ -13,8 +13,7 @@ import pytest
 import refine
 from conftest import ROOT, RUN, command, completion, read, refused
 from plumbing.chat import ChatClient, ChatError
-from progress import Progress
-from refine import best_two, refine_task, reversed_share
+from refine import Decisions, best_two, read_responses, refine_task, reversed_share
 from tasks import Criterion, Task, load_tasks
 from tools.proposer import (
     ChatProposer,
@@ -105,7 +104,7 @@ def test_unknown_verdicts_are_not_no():
 
     proposer = Script((has("a"),), ([has("a"), has("b")], "ab"))
     rubric, log = refine_task(TASK, ["a", "ab"], proposer, Forgetful(), random.Random(0))
-    assert rubric == (has("a"),) and log["rounds"][0]["why"] == "a verdict on the pair could not be had"
+    assert rubric == (has("a"),) and log["rounds"][0]["why"] == "a verdict on the pair is unknown"
 
 
 def test_when_it_stops():
@@ -195,55 +194,75 @@ def test_the_rule_proposer_picks_what_separates():
         proposer.propose(TASK) if not rule_library([])(TASK) and not RuleProposer(rule_library([])).propose(TASK) else None
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_the_verifier_mixes_rules_and_a_model(server, one_by_one):
+def test_the_verifier_mixes_rules_and_a_model(server):
     rule = Criterion("Says x.", 1, ("verifier:rule", "function:mentions_any", 'parameters:{"words": ["x"]}'))
-
-    def answers(body, number):
-        material = body["messages"][1]["content"]
-        if "fails" in material:
-            return 404, {}, "gone"
-        return completion(json.dumps({"explanation": "", "criteria_met": "kind" in material} if one_by_one else {"1": True}))
-
-    server.answers = answers
+    server.answers = lambda body, number: ((404, {}, "gone") if "fails" in body["messages"][1]["content"] else
+                                           completion(json.dumps({"1": True})))
     client = ChatClient([server.url], "judge", retries=0)
-    found = Verifier(client, one_by_one).verify(TASK, (Criterion("Is kind.", 1), rule, Criterion("Is short.", 2)),
-                                                ["x", "fails", "z"])
-    unknown = [None, False, None]
-    assert found == ([[True, True, False], unknown, [True, False, False]] if one_by_one else
-                     [[True, True, None], unknown, [True, False, None]])  # a missing verdict is not "no"
-    assert len(server.requests) == (6 if one_by_one else 3)
+    rubric = (Criterion("Is kind.", 1), rule, Criterion("Is short.", 2))
+    found = Verifier(client).verify(TASK, rubric, ["x", "fails", "z"])
+    assert found == [[True, True, None], [None, False, None], [True, False, None]]  # a missing verdict is not "no"
+    assert len(server.requests) == 3
     client.close()
+    with pytest.raises(ValueError, match="no rule for 'Is kind"):
+        Verifier().verify(TASK, rubric, ["x"])
 
 
-def write_prompts(path, count):
-    """Questions without rubrics."""
-    records = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(count)]
+def write_lines(path, records):
+    """A .jsonl file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
+def write_prompts(path, count):
+    """Questions without rubrics."""
+    return write_lines(path, [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Question {i}?"}]}
+                              for i in range(count)])
+
+
+def sample(task, text, **fields):
+    """A line as evaluation.py writes it."""
+    return {"side": "model", "task": task, "sample": 0, "text": text, "token_ids": [5], "finished": True, "verdicts": [None],
+            "reward": None, **fields}
+
+
+def test_responses_of_several_files_add_up(tmp_path):
+    one = write_lines(tmp_path / "one.jsonl", [
+        sample("a", "first"), sample("a", "second", sample=1), sample("b", "x"), sample("a", "first", sample=2),
+        sample("a", "", sample=3), sample("a", " \n", side="base"), sample("a", "third", side="base", sample=1)])
+    two = write_lines(tmp_path / "two.jsonl", [
+        {"prompt_id": "a", "responses": ["second", "fourth", ""]}, {"prompt_id": "b", "responses": ["y"]},
+        {"prompt_id": "a", "responses": []}, sample("b", "y")])
+    assert read_responses([one, two], ["a", "b", "c"]) == {"a": ["first", "second", "third", "fourth"], "b": ["x", "y"],
+                                                           "c": []}
+    assert read_responses([two, one], ["a", "b"])["a"] == ["second", "fourth", "first", "third"]
+    for record, field in ((sample("d", "x"), "task"), (sample(1, "x"), "task"), (sample("a", None), "text"),
+                          (sample("a", ["x"]), "text"), ({"prompt_id": "a"}, "responses"), ({}, "prompt_id"),
+                          ({"prompt_id": "a", "responses": "x"}, "responses"), ({"prompt_id": "d"}, "prompt_id"),
+                          ({"prompt_id": "a", "responses": ["x", 1]}, "responses"), ([], "prompt_id")):
+        write_lines(two, [sample("a", "x"), record])
+        with pytest.raises(ValueError, match=rf"two.jsonl, line 2: {field}: "):
+            read_responses([one, two], ["a", "b"])
+
+
 class Model:
-    """Scripted answers to everything that refine.py asks: responses, a first rubric, verdicts, refinements."""
+    """Scripted answers to everything that refine.py asks: a first rubric, verdicts, refinements."""
 
     def __init__(self):
         self.kinds, self.lock, self.refuse, self.fails = [], threading.Lock(), (), True
 
     def __call__(self, body, number):
-        system, material = body["messages"][0]["content"], body["messages"][-1]["content"]
-        kind = {"You write": "propose", "You improv": "refine", "You check ": "verify"}.get(
-            next((s for s in ("You write", "You improv", "You check ") if system.startswith(s)), ""), "respond")
+        system, material = (message["content"] for message in body["messages"])
+        kind = next(kind for kind in ("You write", "You improve", "You check") if system.startswith(kind))
         with self.lock:
             self.kinds.append(kind)
             count = self.kinds.count(kind)
         if any(f"Question {i}?" in material for i in self.refuse):
             return 404, {}, '{"error": {"message": "gone"}}'
-        if kind == "respond":
-            return completion(f"Answer {count}" + " and more" * (count % 2), "length" if count == 3 else "stop")
-        if kind == "propose":
+        if kind == "You write":
             return completion("no JSON" if count == 1 else json.dumps({"criteria": [
                 {"criterion": "Is an answer.", "weight": 2}, {"criterion": "is an  ANSWER.", "weight": 1}]}))
-        if kind == "verify":
+        if kind == "You check":
             return completion(json.dumps({"1": "more" in material.split("Criteria")[0] or "an answer" in material}))
         if self.fails and count % 3 == 1:
             return 404, {}, "gone"
@@ -254,13 +273,16 @@ class Model:
 
 def test_a_model_that_fails_now_and_then(server, tmp_path):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 4), tmp_path / "out"
+    one = write_lines(tmp_path / "one.jsonl", [sample(str(i), f"Answer {text}") for i in range(4)
+                                               for text in ("1", "2 and more")])
+    two = write_lines(tmp_path / "two.jsonl", [{"prompt_id": str(i), "responses": ["Answer 3", "Answer 4 and more"]}
+                                               for i in range(4)])
     server.answers = model = Model()
-    flags = [prompts, "--sample-from", f"judge@{server.url}", "--samples", "4", "--proposer-url", server.url,
-             "--proposer-price", "2,8", "--max-new-tokens", "32", "--output", out]
+    flags = [prompts, "--responses", one, two, "--proposer-url", server.url, "--output", out]
     model.refuse = (3,)
-    status, text, err, _ = command(REFINE, *flags, env={"PROPOSER_API_KEY": "secret", "RESPONDER_API_KEY": "other"})
+    status, text, err, _ = command(REFINE, *flags, env={"PROPOSER_API_KEY": "secret"})
     assert status == 1 and "prompts are not done" in err and "gone" in err and "Traceback" not in err
-    assert {r["_authorization"] for r in server.requests} == {"Bearer secret", "Bearer other"}
+    assert {r["_authorization"] for r in server.requests} == {"Bearer secret"}
     kept = read(out / "progress.jsonl")
     assert {record["prompt_id"] for record in kept} == {"0", "1", "2"} == {t.id for t in load_tasks(out / "tasks.jsonl")}
     cut = [record for record in kept if record["failure"]]
@@ -268,64 +290,60 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     for record in kept:  # a failed refinement never loses the rubric
         assert record["rubric"][0] == {"criterion": "Is an answer.", "points": 2, "tags": []}
         assert len(record["rubric"]) == 1 + any(entry["kept"] for entry in record["rounds"])
-    responses = read(out / "responses.jsonl")
-    assert sorted(len(r["responses"]) for r in responses) == [4, 4, 4]
-    assert "proposer: " in text and "tokens, $" in text
+    assert "proposer: " in text and " tokens" in text
     everything = (out / "settings.json").read_text() + (out / "progress.jsonl").read_text() + text + err
-    assert "secret" not in everything and "other" not in json.dumps(responses)
+    assert "secret" not in everything
 
     model.refuse, model.fails, before = (), False, len(model.kinds)  # again: only what is missing is asked for
     status, text, err, _ = command(REFINE, *flags)
     assert status == 0, err
-    new = model.kinds[before:]
-    assert new.count("respond") == 4 and new.count("propose") == 1 + len(cut)
+    assert model.kinds[before:].count("You write") == 1 + len(cut)
     assert not any(record["failure"] for record in {r["prompt_id"]: r for r in read(out / "progress.jsonl")}.values())
     assert [task.id for task in load_tasks(out / "tasks.jsonl")] == ["0", "1", "2", "3"]
     usage, before = json.loads((out / "usage.json").read_text()), len(model.kinds)
-    assert usage["proposer"]["tries"] == sum(kind != "respond" for kind in model.kinds)  # of both starts together
+    assert usage["proposer"]["tries"] == len(model.kinds)  # of both starts together
     whole = (out / "progress.jsonl").read_bytes()
     (out / "progress.jsonl").write_bytes(whole + b'{"prompt_id": "torn')
     status, _, err, _ = command(REFINE, *flags)
     assert status == 0 and len(model.kinds) == before and (out / "progress.jsonl").read_bytes() == whole, err
-    status, _, err, _ = command(REFINE, *flags, "--rounds", "1")
-    assert status == 2 and "another --rounds" in err
+    write_lines(one, [sample(str(i), "Other.") for i in range(4)])
+    for change, what in (("--rounds=1", "another --rounds"), ("--seed=0", "another hash of the tasks and responses")):
+        status, _, err, _ = command(REFINE, *flags, change)
+        assert status == 2 and what in err
 
 
-def test_responses_that_could_not_be_had_are_asked_for_again(server, tmp_path):
-    prompts, out = write_prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "out"
-    model, lost = Model(), {2, 5, 7}
-    model.fails = False
-
-    def answers(body, number):
-        found = model(body, number)
-        return (404, {}, "quota") if model.kinds[-1] == "respond" and model.kinds.count("respond") in lost else found
-
-    server.answers = answers
-    flags = [prompts, "--sample-from", f"judge@{server.url}", "--samples", "4", "--proposer-url", server.url,
-             "--judge-concurrency", "1", "--max-new-tokens", "32", "--output", out]
-    status, _, err, _ = command(REFINE, *flags)
-    assert status == 1 and "responses could not be had" in err
-    assert len(read(out / "tasks.jsonl")) == 2  # made from what there is
-    assert sorted(record["responses"] for record in read(out / "progress.jsonl")) == [2, 3]
-    before = len(model.kinds)
-    status, _, err, _ = command(REFINE, *flags)
-    assert status == 0 and model.kinds[before:].count("respond") == 3, err
-    assert [record["responses"] for record in read(out / "progress.jsonl")[2:]] == [4, 4]
-
-
-def test_a_worse_record_does_not_replace_a_better_one(tmp_path):
-    progress = Progress(tmp_path, {})
+def test_a_worse_decision_does_not_replace_a_better_one(tmp_path):
+    decisions = Decisions(tmp_path, {})
+    assert decisions.missing(TASK)
     log = {"begun_with": (), "rounds": [{"kept": True}], "stopped": "", "verdicts": 9, "unknown": 1, "failure": None}
-    progress.add(TASK, ["a", "b"], (has("a"),), log)
-    worse = [{"failure": "gone", "unknown": 0}, {"unknown": 5}, {"rounds": []}]
-    for change in worse:
-        progress.add(TASK, ["a", "b"], (has("b"),), log | change)
-    assert progress.records["t"]["rubric"][0]["criterion"] == "a" and len(read(tmp_path / "progress.jsonl")) == 1
-    assert not progress.done(TASK, ["a", "b"])
-    progress.add(TASK, ["a", "b"], (has("c"),), log | {"unknown": 0})
-    assert progress.done(TASK, ["a", "b"]) and not progress.done(TASK, ["a", "b", "c"])
-    progress.add(TASK, ["a", "b", "c"], (has("d"),), log | {"unknown": 3})
-    assert Progress(tmp_path, {}).records["t"]["rubric"][0]["criterion"] == "d"
+    decisions.add(TASK, (has("a"),), log)
+    for change in ({"failure": "gone", "unknown": 0}, {"unknown": 5}, {"rounds": []}):
+        decisions.add(TASK, (has("b"),), log | change)
+    assert decisions.of["t"]["rubric"][0]["criterion"] == "a" and len(read(tmp_path / "progress.jsonl")) == 1
+    assert decisions.missing(TASK) == "1 verdicts are unknown"
+    decisions.add(TASK, (has("c"),), log | {"unknown": 0})
+    again = Decisions(tmp_path, {})
+    assert again.of["t"]["rubric"][0]["criterion"] == "c" and again.missing(TASK) is None
+
+
+def test_what_is_kept_is_checked_and_counted_on(tmp_path):
+    class Client:
+        def usage(self):
+            return {"calls": 2, "seconds": 0.5}
+
+    usage = tmp_path / "usage.json"
+    Decisions(tmp_path, {"proposer": Client(), "verifier": Client()}).usage()
+    Decisions(tmp_path, {"proposer": Client()}).usage()
+    assert json.loads(usage.read_text()) == {"proposer": {"calls": 4, "seconds": 1.0},
+                                             "verifier": {"calls": 2, "seconds": 0.5}}
+    for text in ("{", "[]", '{"proposer": 1}'):
+        usage.write_text(text)
+        with pytest.raises(ValueError, match=r"usage\.json: unreadable"):
+            Decisions(tmp_path, {})
+    usage.unlink()
+    write_lines(tmp_path / "progress.jsonl", [{"prompt_id": "t", "rubric": [], "begun_with": [], "rounds": 4}])
+    with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: rounds: "):
+        Decisions(tmp_path, {})
 
 
 def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):
@@ -341,9 +359,8 @@ def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):
 
 def test_killed_and_continued(server, tmp_path):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out"
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"prompt_id": str(i), "responses": ["Short.", "Long and more."]}) + "\n"
-                             for i in range(12)))
+    texts = write_lines(tmp_path / "texts.jsonl", [sample(str(i), text) for i in range(12)
+                                                   for text in ("Short.", "Long and more.")])
     model = Model()
     model.fails = False
 
@@ -370,12 +387,15 @@ def test_killed_and_continued(server, tmp_path):
 
 
 def test_first_aid_by_rules_into_training(model_folder, tmp_path):
-    out = tmp_path / "out"
-    status, text, err, _ = command(REFINE, "first_aid", "--limit", "10", "--proposer", "rules", "--samples", "4", "--output",
-                                   out, "--max-new-tokens", "48", timeout=300, env={"OMP_NUM_THREADS": "2"})
+    out, ids = tmp_path / "out", [task.id for task in load_tasks("first_aid", 10)]
+    texts = write_lines(tmp_path / "texts.jsonl", [
+        {"prompt_id": identity, "responses": ["Take care.", "See a doctor. Take care.", "Rest. Drink water. See a doctor.",
+                                              "Rest and drink water.", "I am sorry to hear that. Is there a fever?"]}
+        for identity in ids])
+    status, text, err, _ = command(REFINE, "first_aid", "--limit", "10", "--proposer", "rules", "--responses", texts,
+                                   "--output", out)
     assert status == 0, err
-    tasks = load_tasks(out / "tasks.jsonl")
-    assert [task.id for task in tasks] == [task.id for task in load_tasks("first_aid", 10)]
+    assert [task.id for task in load_tasks(out / "tasks.jsonl")] == ids
     kept = [entry for record in read(out / "progress.jsonl") for entry in record["rounds"] if entry["kept"]]
     assert kept and "10 rubrics" in text
     status, _, err, _ = command(RUN, "--tasks", out / "tasks.jsonl", "--model", model_folder, "--preset", "laptop",
@@ -386,39 +406,45 @@ def test_first_aid_by_rules_into_training(model_folder, tmp_path):
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 2)
-    texts = tmp_path / "texts.jsonl"
-    rules = [prompts, "--proposer", "rules"]
-    first = ["first_aid", *rules[1:]]
+    prompts, texts = write_prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "texts.jsonl"
+    chat, rules = ["--responses", texts, "--proposer-url"], ["--responses", texts, "--proposer", "rules"]
+    good = '{"prompt_id": "0", "responses": ["a", "b"]}\n{"task": "1", "text": "a"}\n{"task": "1", "text": "b"}'
     for number, (flags, content, message) in enumerate([
-        ([prompts], "", "--proposer-url"), ([*rules, "--rounds", "-1"], "", "--rounds"),
-        (["first_aid", "--proposer", "rules", "--samples", "1"], "", "--samples"), (rules, "", "rubrics: missing"),
-        ([prompts, "--proposer-url", "ftp://x"], "", "--proposer-url"),
-        ([prompts, "--proposer-url", "http://127.0.0.1:9/v1"], "", "--proposer-url: no server answers"),
-        ([prompts, "--proposer-url", "http://x", "--proposer-price", "2"], "", "--proposer-price"),
-        ([prompts, "--proposer-url", "http://x", "--verifier-model", "m"], "", "--verifier-url"),
-        ([*rules, "--max-reversed", "2"], "", "--max-reversed"),
-        ([*rules, "--proposer-url", "http://x"], "", "asks no server"), ([*rules, "--sample-from", "a,a"], "", "repeated"),
-        ([*rules, "--sample-from", "a", "--responses", "b"], "", "give one of them"),
-        ([*rules, "--verifier-extra", "{}"], "", "need --verifier-url"),
-        ([*first, "--verifier-url", "http://x"], "", "only criteria that code checks"),
-        ([*first, "--responses", "b", "--samples", "4"], "", "--samples is for sampling"),
-        ([*first, "--responses", texts], '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
-        ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
-        (["nosuch.jsonl", *rules[1:]], "", "no such task file"),
-        ([*first, "--responses", texts], '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
-        ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": [1]}', "responses:"),
-        ([*first, "--responses", texts], "{", "line 1: unreadable JSON"),
-        ([*first, "--responses", texts], '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
-        ([*first, "--responses", tmp_path / "nosuch"], "", "no such file"),
-        ([*first, "--responses", tmp_path], "", "not a file"),
-        ([*first, "--sample-from", "http://127.0.0.1:9/v1"], "", "--sample-from: no server answers"),
-        ([*first, "--sample-from", tmp_path / "nosuch"], "", "cannot load model"),
+        ([prompts, "--proposer", "rules"], "", "--responses"), ([prompts, "--responses", texts], "", "--proposer-url"),
+        (["first_aid", *rules, "--rounds", "-1"], "", "--rounds"), ([prompts, *rules], good, "rubrics: missing"),
+        ([prompts, *chat, "http://127.0.0.1:9/v1", "--start", "own"], good, "rubrics: missing"),
+        ([prompts, *chat, "ftp://x"], "", "--proposer-url"),
+        ([prompts, *chat, "http://127.0.0.1:9/v1"], good, "--proposer-url: no server answers"),
+        ([prompts, *chat, "http://x", "--verifier-model", "m"], "", "--verifier-url"),
+        ([prompts, *chat, "http://x", "--proposer-extra", "["], "", "--proposer-extra"),
+        (["first_aid", *rules, "--max-reversed", "2"], "", "--max-reversed"),
+        (["first_aid", *rules, "--proposer-url", "http://x"], "", "--proposer-url"),
+        (["first_aid", *rules, "--verifier-extra", "{}"], "", "--verifier-url"),
+        (["first_aid", *rules, "--verifier-url", "http://x"], "", "--verifier-url"),
+        (["nosuch.jsonl", *rules], "", "no such task file"),
+        (["first_aid", *rules], '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
+        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
+        (["first_aid", *rules], '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
+        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": [1]}', "line 1: responses"),
+        (["first_aid", *rules], '{"task": "first_aid-01"}', "line 1: text"),
+        (["first_aid", *rules], "{", "line 1: unreadable JSON"),
+        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
+        (["first_aid", "--responses", tmp_path / "nosuch", *rules[2:]], "", f"{tmp_path}/nosuch"),
+        (["first_aid", "--responses", tmp_path, *rules[2:]], "", str(tmp_path)),
     ]):
         texts.write_text(content)
-        assert message in refused(refine, capsys, *flags, "--output", tmp_path / str(number))
-    status, out, err, _ = command(REFINE, *rules)  # all that there is to see
+        assert message in refused(refine, capsys, *flags, "--output", tmp_path / str(number)), flags
+    texts.write_text(good)
+    status, out, err, _ = command(REFINE, prompts, *rules)  # all that there is to see
     assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_criterion_that_nobody_can_check_is_an_error(tmp_path, capsys):
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt_id": "0", "prompt": [{"role": "user", "content": "Q?"}],
+                                                    "rubrics": [{"criterion": "Is kind.", "points": 1}]}])
+    texts = write_lines(tmp_path / "texts.jsonl", [sample("0", "a"), sample("0", "b")])
+    assert "give --verifier-url" in refused(refine, capsys, tasks, "--responses", texts, "--proposer", "rules", "--start",
+                                            "own", "--output", tmp_path / "out")
 
 
 def test_help_is_quick():

@@ -10,22 +10,22 @@ from plumbing import config, runs
 @pytest.mark.parametrize(("content", "mended", "said"), [
     (b'{"a": 1}\n{"b": 2', b'{"a": 1}\n', "cut off"),  # torn by a kill
     (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n{"b": 2}\n', ""),  # written by hand, without a last line break
-    (b"PK\3\4", b"PK\3\4", ""), (b'{"a": 1}\n', b'{"a": 1}\n', ""), (b"", b"", ""),
+    (b'{"a": 1}\n', b'{"a": 1}\n', ""), (b"", b"", ""),
 ])
 def test_only_a_torn_line_is_removed(tmp_path, capsys, content, mended, said):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    runs.whole_lines(path)
+    runs.JsonLines(path)
     assert path.read_bytes() == mended
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["[1]", "garbage", "7", '"step"', "\x00"])
+@pytest.mark.parametrize("line", ["[1]", "garbage", "7", '"step"', "\x00", "PK\3\4"])
 def test_other_rows_are_told_with_their_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"b": 2}}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: not a JSON object"):
-        runs.read_rows(path)
+        runs.JsonLines(path)
 
 
 def test_a_row_without_its_step(tmp_path):
@@ -46,7 +46,7 @@ def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(SystemExit) as stop:
-        config.parse_command_line(["--runs", str(tmp_path), "--resume"])
+        config.parse_training(["--runs", str(tmp_path), "--resume"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

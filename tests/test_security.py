@@ -11,15 +11,14 @@ import torch
 import evaluation
 import refine
 import ruscarl
-from answers import load_embedding
 from conftest import completion, read, tiny_model, write_tasks
 from judge import ChatJudge
-from plumbing import rules
+from plumbing import memory, rules
 from plumbing.chat import ChatClient
 from plumbing.policy import load_config, load_policy
 from plumbing.terminal import side_by_side
 from tasks import Criterion, load_tasks
-from tools import memory
+from tools.embedding import load_embedding
 
 SHORT = ["--max-new-tokens", "12", "--max-prompt-tokens", "1500", "--dtype", "float32", "--sampler", "transformers"]
 TRAINING = ["--steps", "1", "--group-size", "2", "--batch-size", "2", "--mini-batch-size", "2", "--held-out", "2",
@@ -81,8 +80,8 @@ def test_task_files_are_data(model_folder, tmp_path, here):
     side_by_side(f"left {red}", f"right {HOSTILE[5]}\x7f\rover")  # a model can write anything, too
     for module, *flags in ((ruscarl, "--model", model_folder, "--tasks", tasks, *TRAINING),
                            (evaluation, model_folder, "--tasks", tasks, "--output", "out/evaluated", *SAMPLING),
-                           (refine, tasks, "--sample-from", model_folder, "--proposer", "rules", "--output", "out/refined",
-                            *SAMPLING)):
+                           (refine, tasks, "--responses", "out/evaluated/samples.jsonl", "--proposer", "rules", "--output",
+                            "out/refined")):
         status, text = here(module, *flags)
         assert status == 0, text
         shown += text
@@ -141,15 +140,13 @@ def test_hostile_answers_of_a_judge_are_verdicts_or_unknown(server, reply, verdi
 
 @pytest.mark.parametrize("refuses", [False, True])
 def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, server, here, refuses):
-    names = ["OPENAI", "JUDGE2", "PROPOSER", "RESPONDER", "VERIFIER", "EMBEDDING"]
+    names = ["OPENAI", "PROPOSER", "VERIFIER"]
     for name in names:
         monkeypatch.setenv(f"{name}_API_KEY", f"secret123-{name}")
 
     def answers(body, number):
         if refuses:
             return 401, {}, json.dumps({"error": {"message": f"\x1b[31mwrong key: {body['_authorization']}"}})
-        if "input" in body:
-            return 200, {}, json.dumps({"data": [{"index": i, "embedding": [1, i]} for i in range(len(body["input"]))]})
         return completion(json.dumps({"explanation": str(number), "criteria_met": number % 2 == 0, "1": True, "better": "A",
                                       "criteria": [{"criterion": "Is kind.", "weight": 1}]}))
 
@@ -158,15 +155,13 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
     Path("texts").write_text("".join(f'{{"prompt_id": "{i}", "responses": ["a", "b"]}}\n' for i in range(12)))
     judged, refined = ["--tasks", "t.jsonl", "--judge-url", url], ["t.jsonl", "--proposer-url", url, "--verifier-url", url]
     for module, *flags in ((ruscarl, "--model", model_folder, *judged, *TRAINING),
-                           (evaluation, model_folder, *judged, "--judge2-url", url, "--output", "out/evaluated", *SAMPLING,
-                            *([] if refuses else ["--embedding", url])),
-                           (refine, *refined, "--sample-from", f"judge@{url}", "--output", "out/sampled", *SAMPLING),
-                           (refine, *refined, "--responses", "texts", "--output", "out/given")):
+                           (evaluation, model_folder, *judged, "--output", "out/evaluated", *SAMPLING),
+                           (refine, *refined, "--responses", "texts", "--output", "out/refined")):
         status, text = here(module, *flags)
         assert status == refuses and not any(word in text for word in ("secret123", "\x1b", "Traceback")), text
         assert not refuses or "wrong key: Bearer $" in text
     asked = {request["_authorization"].removeprefix("Bearer secret123-") for request in server.requests}
-    assert asked == {*(names[:4] if refuses else names)}
+    assert asked == {*(names[:2] if refuses else names)}
     files = [path for path in Path("out").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"secret123" in path.read_bytes()]
 
@@ -174,10 +169,9 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
 @pytest.mark.parametrize("url", ["http://user:secret123@host/v1", "https://host/v1?key=secret123"])
 @pytest.mark.parametrize(("module", "variable", "flags"), [
     (ruscarl, "OPENAI", "--judge-url http://a/v1,URL"), (ruscarl, "OPENAI", "--judge chat"),
-    (evaluation, "JUDGE2", "smollm2 --judge2-url URL"), (evaluation, "EMBEDDING", "smollm2 --embedding URL"),
-    (refine, "PROPOSER", "first_aid --proposer-url URL"),
-    (refine, "VERIFIER", "x --proposer rules --start own --verifier-url URL"),
-    (refine, "RESPONDER", "first_aid --proposer rules --sample-from x@URL,URL,")])
+    (evaluation, "OPENAI", "smollm2 --judge-url http://a/v1,URL"), (evaluation, "OPENAI", "smollm2 --judge chat"),
+    (refine, "PROPOSER", "first_aid --responses x --proposer-url URL"),
+    (refine, "VERIFIER", "x --responses x --proposer rules --start own --verifier-url URL")])
 def test_a_key_inside_a_url_is_refused(here, monkeypatch, module, variable, flags, url):
     monkeypatch.setenv("RUSCARL_JUDGE_URL", url if "URL" not in flags else "")
     status, text = here(module, *flags.replace("URL", url).split())

@@ -5,9 +5,9 @@ import torch
 
 from conftest import tiny_model
 from plumbing.policy import named_weights
-from ruscarl import check_sync
-from sampler import TransformersSampler
+from plumbing.transformers_sampler import TransformersSampler
 from tasks import Criterion, Task
+from tools.checks import check_sync
 
 TASKS = [Task(str(i), [{"role": "user", "content": text}], (Criterion("c", 1),))
          for i, text in enumerate(("drink water", "get some rest", "is it true"))]
@@ -36,7 +36,7 @@ class Settings:
 def test_a_sampler_that_follows_passes(tokenizer, capfd):
     model = tiny_model(1)
     sampler = TransformersSampler(model, [1])
-    check_sync(Settings, model, sampler, TASKS, tokenizer, None)
+    check_sync(Settings, model, sampler, TASKS, tokenizer)
     assert "check-sync: mean gap" in capfd.readouterr().err
     assert all(torch.equal(p, q) for (_, p), (_, q) in zip(named_weights(model), named_weights(sampler.model)))
 
@@ -50,4 +50,4 @@ def test_a_sampler_that_keeps_one_old_tensor_does_not(tokenizer, name, whole):
             p.mul_(1 + 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     sampler = Forgetful(tiny_model(2, tied=False), name, whole)
     with pytest.raises(ValueError, match="does not follow the policy"):
-        check_sync(Settings, model, sampler, TASKS, tokenizer, None)
+        check_sync(Settings, model, sampler, TASKS, tokenizer)

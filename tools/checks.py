@@ -1,8 +1,8 @@
-"""--judge-calibrate: how far can an LLM judge be trusted? Ask it what is already known.
+"""Two questions before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
 
-40 recorded responses to the first_aid questions, whose criteria are checked by rules: the rules are the truth, and the
-judge is asked in the very words of training. Agreement here bounds what a run can learn from this judge; criteria about
-wording and length are easier to state than medical ones, and counting words is harder.
+--judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
+the rules are the truth, and the judge is asked in the words of training. Agreement here bounds what a run can learn from
+this judge; criteria about wording and length are easier to state than medical ones, and counting words is harder.
 """
 
 import json
@@ -10,11 +10,16 @@ import time
 from collections import Counter, defaultdict
 
 import numpy
+import torch
 from tqdm import tqdm
 
+from grpo import sample_logprobs
 from judge import ChatJudge
-from plumbing.prepare import connect
+from plumbing import ranks
+from plumbing.policy import named_weights, prompt_ids
 from plumbing.rules import rule_from_tags
+from plumbing.terminal import say
+from sampler import SamplingParams, address_seed
 from tasks import BUNDLED, load_tasks
 
 
@@ -58,7 +63,7 @@ def calibrate_judge(config):
 
     Raises ConnectionError or ValueError for a server that cannot judge.
     """
-    client = connect(config)
+    client = config.server("judge").connect(config.judge_concurrency)
     try:
         return calibrate(ChatJudge(client)) != (None, None)
     finally:
@@ -106,4 +111,33 @@ def calibrate(judge):
 
 
 def check_sync(config, policy, sampler, held_out, tokenizer):
-    raise NotImplementedError
+    """--check-sync: give the sampler other weights, then the policy's. Its log-probabilities must be far from the trainer's,
+    then equal.
+
+    The other weights are the policy's own with the rows of each tensor in reverse order: a tensor that keeps them, or the
+    arbitrary weights that vLLM starts from, shows. Equal: within 1e-4 a token in float32 on a CPU, else within 0.1 in the
+    mean, which bfloat16's rounding stays under. Raises ValueError if it is not so.
+    """
+    prompts = [prompt_ids(tokenizer, task.messages) for task in held_out][: max(8, ranks.size())]
+    other, _ = sampler_gap(config, policy, sampler, prompts, ((n, w.flip(0)) for n, w in named_weights(policy)))
+    mean, most = sampler_gap(config, policy, sampler, prompts, named_weights(policy))
+    found = f"mean gap {other:.2g} with other weights, {mean:.2g} after the sync (max {most:.2g}) nats a token"
+    exact = sampler.dtype == torch.float32 and policy.device.type == "cpu"  # GPUs may round to TF32
+    if other < 0.2 or (most > 1e-4 if exact else mean > 0.1):
+        raise ValueError(f"--check-sync: the sampler does not follow the policy: {found}")
+    say(f"check-sync: {found}")
+
+
+def sampler_gap(config, policy, sampler, prompts, weights):
+    """(mean, maximum) of |trainer's - sampler's log-probability| a token, once the sampler has `weights`: of short responses
+    to `prompts`, drawn without top-p and top-k."""
+    sampler.sync(weights)
+    own = ranks.share(list(enumerate(prompts)))
+    params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)
+    seeds = [address_seed(config.seed, "probe", i) for i, _ in own]
+    drawn = [(own[r.index][1], r) for r in sampler.sample([ids for _, ids in own], seeds, params)]
+    drawn = [pair for part in ranks.gather(drawn) for pair in part]
+    logps = sample_logprobs(policy, [ids for ids, _ in drawn], [r.token_ids for _, r in drawn], config.token_budget,
+                            config.temperature)
+    gaps = torch.cat([(torch.tensor(r.logprobs) - logp).abs() for (_, r), logp in zip(drawn, logps)])
+    return gaps.mean().item(), gaps.max().item()

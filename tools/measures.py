@@ -1,62 +1,69 @@
-"""The figures of an evaluation, from scores, verdicts and texts.
+"""Figures of an evaluation, from scores, verdicts and texts; the same as a table and as pictures.
 
-Scores come as one matrix [tasks, K]: K responses to each task, NaN where a response has no score. All bootstrap
-resamples are of tasks, 1,000 of them with a fixed seed.
+Scores come as one matrix [tasks, K]: K responses to each task, NaN where a response has no score. All errors are of a
+bootstrap over tasks: 1,000 resamples with a fixed seed.
 """
 
 import math
-import warnings
 from functools import cache
 
 import numpy
+from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
 
 from judge import score
+from plumbing.rules import rule_from_tags
+from plumbing.terminal import one_line
 from tools.checks import balanced_f1, interval
 
 RULE_TAGS = ("verifier:", "function:", "parameters:")  # say how a criterion is checked, not what it is about
 
 
-def resamples(tasks, draws=1000, seed=0):
-    """How often each task is in each bootstrap resample: int [draws, tasks]."""
-    return numpy.random.default_rng(seed).multinomial(tasks, numpy.full(tasks, 1 / tasks), size=draws)
-
-
-def column_means(scores, weights):
-    """Mean of each column over tasks, counted `weights` times. scores: [tasks, K]; weights: [draws, tasks].
-
-    Returns [draws, K], NaN where a column has no known score.
-    """
+def known_means(scores, weights):
+    """Weighted mean of each column's known scores, NaN where none is known. scores: [rows, K]; weights: [..., rows]."""
     known = ~numpy.isnan(scores)
     with numpy.errstate(invalid="ignore"):
         return (weights @ numpy.where(known, scores, 0.0)) / (weights @ known)
 
 
-def healthbench(scores):
-    """HealthBench's reported score. scores: [tasks, K], unclipped; column k is run k, one response an example.
+def bootstrap(scores, draws=1000):
+    """`known_means` of each resample of the tasks: [draws, K]. scores: [tasks, K]."""
+    tasks = len(scores)
+    return known_means(scores, numpy.random.default_rng(0).multinomial(tasks, numpy.full(tasks, 1 / tasks), size=draws))
 
-    A run's score is the mean over its examples, clipped to [0, 1]; with several runs the mean of theirs. Its error is
-    the standard deviation of that figure over bootstrap resamples of the examples. Examples without any known score are
-    left out. Returns score, score_se, the same not clipped as mean, mean_se, the scores of the runs, and tasks, the
-    number of examples; None for what nothing is known of.
+
+def mean_over_tasks(values):
+    """{mean, se, low, high, tasks} of one value a task, low to high being the 95% interval; None for what no task has."""
+    values = numpy.asarray(values, dtype=float)[:, None]
+    if not len(values):
+        return {"mean": None, "se": None, "low": None, "high": None, "tasks": 0}
+    drawn = bootstrap(values)
+    low, high = numpy.percentile(drawn, [2.5, 97.5]).tolist()
+    return {"mean": float(values.mean()), "se": float(drawn.std()), "low": low, "high": high, "tasks": len(values)}
+
+
+def healthbench(scores):
+    """HealthBench's reported score. scores: [tasks, K], not clipped; column k is run k, one response an example.
+
+    A run's score is the mean over its examples, clipped to [0, 1]; with several runs, the mean of theirs. Its error is the
+    standard deviation of that figure over bootstrap resamples. Examples without any known score are left out. Returns
+    score, score_se, mean and mean_se (not clipped), runs (their scores), tasks (examples); None where nothing is known.
     """
     scores = scores[~numpy.isnan(scores).all(axis=1)]
     if not len(scores):
         return {"score": None, "score_se": None, "mean": None, "mean_se": None, "runs": [], "tasks": 0}
-    here = column_means(scores, numpy.ones((1, len(scores))))  # [1, K]
-    drawn = column_means(scores, resamples(len(scores)))  # [draws, K]
-    found = {"runs": [number(run) for run in here[0].clip(0, 1)], "tasks": len(scores)}
+    means, drawn = known_means(scores, numpy.ones(len(scores))), bootstrap(scores)  # [K], [draws, K]
+    found = {"runs": [None if math.isnan(run) else float(run) for run in means.clip(0, 1)], "tasks": len(scores)}
     for name, low, high in (("score", 0, 1), ("mean", -math.inf, math.inf)):
-        found[name] = number(numpy.nanmean(here.clip(low, high)))
-        found[f"{name}_se"] = number(numpy.nanmean(drawn.clip(low, high), axis=1).std())
+        found[name] = float(numpy.nanmean(means.clip(low, high)))
+        found[f"{name}_se"] = float(numpy.nanmean(drawn.clip(low, high), axis=1).std())
     return found
 
 
 def tag_scores(task, verdicts):
-    """{tag: score} of one response, as HealthBench counts them.
+    """{tag: score} of one response, as HealthBench counts them. Tags that name a criterion's rule are left out.
 
-    A tag of the task has the whole score; a tag of criteria has the score on these alone. Left out: what is undefined
-    because no criterion is positive or a verdict is unknown, and the tags that only say which rule checks a criterion.
+    A tag of the task has the whole score; a tag of criteria has the score on these criteria alone. Left out where undefined.
     """
     scores = {tag: score(task.rubric, verdicts) for tag in task.tags}
     for tag in {tag for criterion in task.rubric for tag in criterion.tags if not tag.startswith(RULE_TAGS)}:
@@ -67,68 +74,51 @@ def tag_scores(task, verdicts):
 
 @cache
 def _best_weights(count):
-    """[count, count]: row N-1 holds the chance of each of `count` sorted scores to be the best of N drawn."""
-    weights = numpy.zeros((count, count))
-    for n in range(1, count + 1):  # C(i - 1, n - 1) / C(count, n) for the i-th, from the largest down
-        chance = n / count
-        for i in range(count, n - 1, -1):
-            weights[n - 1, i - 1] = chance
-            chance *= (i - n) / max(1, i - 1)
-    return weights
+    """[count, count]: row N-1 holds the chance of each of `count` scores, in ascending order, to be the best of N drawn."""
+    return numpy.array([[math.comb(i, n - 1) / math.comb(count, n) for i in range(count)] for n in range(1, count + 1)])
 
 
 def best_of_n(scores):
     """Best-of-N for N = 1..K: the expected best of N responses drawn without replacement, mean over tasks.
 
     scores: [tasks, K]. The unbiased estimator: over all subsets of N of a task's known scores, computed from their order.
-    Returns a list of {n, mean, se, tasks}: se is the bootstrap standard error over tasks; tasks counts those with at
-    least n known scores. An N that no task has enough scores for is left out.
+    Returns a list of `mean_over_tasks` with n, over the tasks that have n known scores; an n that no task has is left out.
     """
     best = numpy.full(scores.shape, numpy.nan)
     for row, of_task in zip(best, scores):
         known = numpy.sort(of_task[~numpy.isnan(of_task)])
         row[: len(known)] = _best_weights(len(known)) @ known
-    counts = (~numpy.isnan(best)).sum(axis=0)
-    found = []
-    for n in range(1, int((counts > 0).sum()) + 1):
-        column = best[~numpy.isnan(best[:, n - 1]), n - 1 : n]
-        drawn = column_means(column, resamples(len(column)))
-        found.append({"n": n, "mean": number(column.mean()), "se": number(drawn.std()), "tasks": len(column)})
-    return found
+    columns = [column[~numpy.isnan(column)] for column in best.T]
+    return [{"n": n, **mean_over_tasks(column)} for n, column in enumerate(columns, 1) if len(column)]
 
 
 def paired(scores, others):
-    """Difference of two models on the same tasks, with its 95% bootstrap interval. Two [tasks, K], rows the same tasks.
+    """`mean_over_tasks` of the difference of two models on the same tasks. Two [tasks, K], rows the same tasks.
 
-    A task's score is the mean of its known ones; tasks that either model has none for are left out.
+    A task's score is the mean of its known scores; tasks for which either model has none are left out.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a row without known scores
-        differences = numpy.nanmean(scores, axis=1) - numpy.nanmean(others, axis=1)
-    differences = differences[~numpy.isnan(differences)][:, None]
-    if not len(differences):
-        return {"difference": None, "low": None, "high": None, "tasks": 0}
-    low, high = numpy.percentile(column_means(differences, resamples(len(differences))), [2.5, 97.5])
-    return {"difference": number(differences.mean()), "low": number(low), "high": number(high), "tasks": len(differences)}
+    first, second = (known_means(each.T, numpy.ones(each.shape[1])) for each in (scores, others))  # [tasks]
+    differences = first - second
+    return mean_over_tasks(differences[~numpy.isnan(differences)])
 
 
 def novelty(log_ratios):
     """Equation 5 over responses: rho_seq = exp(mean over tokens of log pi_new - log pi_init).
 
     log_ratios: the mean of each response, nats a token. Returns the median of rho, the number of responses above 2, 10
-    and 100, and a histogram over log10 rho. No mean of rho: a few outliers would rule it.
+    and 100, and a histogram over log10 rho. No mean of rho, which a few outliers would decide.
     """
     logs = numpy.asarray(log_ratios, dtype=float)
     counts, edges = numpy.histogram(logs / math.log(10), bins=40)
-    return {"responses": len(logs), "median": number(numpy.median(numpy.exp(logs))),
+    return {"responses": len(logs), "median": float(numpy.median(numpy.exp(logs))),
             "above": {str(limit): int((logs > math.log(limit)).sum()) for limit in (2, 10, 100)},
             "histogram": {"log10_edges": edges.tolist(), "counts": counts.tolist()}}
 
 
 def self_bleu(texts):
-    """Mean BLEU (sacrebleu's, up to 4-grams, 0 to 1) of each text with the others as its references.
+    """Mean BLEU (sacrebleu's, up to 4-grams, 0 to 1) of each text with the other texts as its references.
 
-    A text shorter than 4 tokens is compared by the n-grams that it has; an empty one is like another empty one only.
+    A text shorter than 4 tokens is compared by the n-grams that it has; an empty text equals other empty texts only.
     """
     bleu, values = BLEU(effective_order=True), []
     for i, text in enumerate(texts):
@@ -145,69 +135,155 @@ def cosine_distance(vectors):
     return float(1 - (unit @ unit.T)[pairs].mean())
 
 
-def mean_over_tasks(values):
-    """{mean, se, tasks}: mean of one value a task and its bootstrap standard error."""
-    values = numpy.asarray(values, dtype=float)[:, None]
-    drawn = column_means(values, resamples(len(values)))
-    return {"mean": number(values.mean()), "se": number(drawn.std()), "tasks": len(values)}
+def score_matrix(records, judge):
+    """The scores that `judge` gave: [tasks, K], not clipped, NaN where there is none. records: [tasks][K]."""
+    return numpy.array([[record["rewards"].get(judge) for record in of_task] for of_task in records], dtype=float)
 
 
-def score_matrices(tasks, records):
-    """{"judge": [tasks, K], "judge2": the same where there is one}: unclipped scores, NaN where there is none.
+def judge_figures(tasks, records, judge):
+    """Scores by one judge, over all and by tag (the most frequent tags first), Best-of-N, and what is unknown."""
+    scores, by_tag, verdicts = score_matrix(records, judge), {}, []
+    for row, (task, of_task) in enumerate(zip(tasks, records)):
+        for column, record in enumerate(of_task):
+            given = record["verdicts"].get(judge, [None] * len(task.rubric))
+            verdicts += given
+            for tag, value in tag_scores(task, given).items():
+                by_tag.setdefault(tag, numpy.full(scores.shape, numpy.nan))[row, column] = value
+    by_tag = {tag: healthbench(by_tag[tag]) for tag in sorted(by_tag)}
+    return {**healthbench(scores), "best_of_n": best_of_n(scores),
+            "by_tag": dict(sorted(by_tag.items(), key=lambda item: -item[1]["tasks"])),
+            "responses": scores.size, "unscored": int(numpy.isnan(scores).sum()),
+            "verdicts": len(verdicts), "unknown": verdicts.count(None)}
 
-    records: [tasks][K], as answers.Samples.of returns them.
+
+def model_figures(tasks, records, judges, embed):
+    """All figures of one model's responses but their entropy. records: [tasks][K].
+
+    judges: names; the first is compared with each of the others. embed: texts -> [texts, width] for the semantic distance.
     """
-    return {judge: numpy.array([[numpy.nan if record[reward] is None else record[reward] for record in of_task]
-                                for of_task in records])
-            for judge, reward in (("judge", "reward"), ("judge2", "reward2")) if reward in records[0][0]}
-
-
-def side_figures(tasks, records, embed):
-    """Everything about one model's responses but their entropy. records: [tasks][K]; embed: see answers.load_embedding."""
     flat = [record for of_task in records for record in of_task]
-    found = {"length": float(numpy.mean([len(record["token_ids"]) for record in flat])),
-             "truncated": float(numpy.mean([not record["finished"] for record in flat])),
-             "diversity": None, "semantic_distance": None}
-    for judge, scores in score_matrices(tasks, records).items():
-        key = "verdicts" if judge == "judge" else "verdicts2"
-        verdicts = [verdict for record in flat for verdict in record[key]]
-        by_tag = {}
-        for row, (task, of_task) in enumerate(zip(tasks, records)):
-            for column, record in enumerate(of_task):
-                for tag, value in tag_scores(task, record[key]).items():
-                    by_tag.setdefault(tag, numpy.full(scores.shape, numpy.nan))[row, column] = value
-        found[judge] = {**healthbench(scores), "best_of_n": best_of_n(scores),
-                        "by_tag": {tag: healthbench(matrix) for tag, matrix in sorted(by_tag.items())},
-                        "responses": scores.size, "unscored": int(numpy.isnan(scores).sum()),
-                        "verdicts": len(verdicts), "unknown": sum(verdict is None for verdict in verdicts)}
-    if "judge2" in found:
-        found["agreement"] = agreement(flat)
-    if len(records[0]) > 1:
-        texts = [[record["text"] for record in of_task] for of_task in records]
-        found["diversity"] = mean_over_tasks([1 - self_bleu(of_task) for of_task in texts])
-        full = [kept for of_task in texts if len(kept := [text for text in of_task if text]) > 1]
-        if embed and full:  # an empty text has no embedding
-            found["semantic_distance"] = mean_over_tasks([cosine_distance(embed(t)) for t in full])
-    return found
+    texts = [[record["text"] for record in of_task] for of_task in records]
+    full = [kept for of_task in texts if len(kept := [text for text in of_task if text]) > 1]  # an empty text has no vector
+    diversity = mean_over_tasks([1 - self_bleu(of_task) for of_task in texts]) if len(texts[0]) > 1 else None
+    return {"length": float(numpy.mean([len(record["token_ids"]) for record in flat])),
+            "truncated": float(numpy.mean([not record["finished"] for record in flat])), "diversity": diversity,
+            "semantic_distance": mean_over_tasks([cosine_distance(embed(t)) for t in full]) if embed and full else None,
+            "judges": {judge: judge_figures(tasks, records, judge) for judge in judges},
+            "agreement": {other: agreement(tasks, records, judges[0], other) for other in judges[1:]}}
 
 
-def agreement(records):
-    """How far the two judges agree, on the verdicts and scores that both could give; intervals are over tasks."""
-    both = [(a, b, record["task"]) for record in records for a, b in zip(record["verdicts"], record["verdicts2"])
-            if a is not None and b is not None]
+def agreement(tasks, records, judge, other):
+    """How far two judges agree where both gave a verdict: verdicts (their number), agreement (share of equal verdicts),
+    balanced_f1, both with a 95% interval over tasks as ..._95, correlation (of scores); None for what is undefined. Criteria
+    that rules decided for both judges are left out."""
+    by_rules = judge.startswith("rules and ") and other.startswith("rules and ")
+    both = [(a, b, row) for row, (task, of_task) in enumerate(zip(tasks, records)) for record in of_task
+            for a, b, criterion in zip(record["verdicts"].get(judge, []), record["verdicts"].get(other, []), task.rubric)
+            if None not in (a, b) and not (by_rules and rule_from_tags(criterion.tags))]
     found = {"verdicts": len(both), "agreement": None, "balanced_f1": None, "correlation": None}
-    first, second = (numpy.array([row[i] for row in both], dtype=bool) for i in (0, 1))
-    for name, statistic in (("agreement", lambda a, b: float((a == b).mean())), ("balanced_f1", balanced_f1)):
-        if both:
-            found[name] = statistic(first, second)
-            found[f"{name}_95"] = interval(statistic, first, second, [task for _, _, task in both]).tolist()
-    rewards = numpy.array([(record["reward"], record["reward2"]) for record in records
-                           if None not in (record["reward"], record["reward2"])])
-    if len(rewards) > 1 and rewards.std(axis=0).min() > 0:
-        found["correlation"] = float(numpy.corrcoef(rewards.T)[0, 1])
+    if both:
+        first, second, owners = map(numpy.array, zip(*both))
+        for name, statistic in (("agreement", lambda a, b: float((a == b).mean())), ("balanced_f1", balanced_f1)):
+            found |= {name: statistic(first, second), f"{name}_95": interval(statistic, first, second, owners).tolist()}
+    scores = numpy.stack([score_matrix(records, name).flatten() for name in (judge, other)], axis=1)  # [responses, 2]
+    scores = scores[~numpy.isnan(scores).any(axis=1)]
+    if len(scores) > 1 and scores.std(axis=0).min() > 1e-9:
+        found["correlation"] = float(numpy.corrcoef(scores.T)[0, 1])
     return found
 
 
-def number(value):
-    """A float for JSON: None where it is NaN."""
-    return None if math.isnan(value) else float(value)
+def print_table(results):
+    """One column a model, then the comparison, novelty and the tags. results: what results.json holds."""
+    models, (judge, *others) = list(results["models"].values()), results["judges"]
+    _line("", [model["name"] if len(model["name"]) <= 20 else "..." + model["name"][-17:] for model in models])
+    for name in (judge, *others):
+        print(f"judge: {one_line(name)}")
+        columns = [model["judges"][name] for model in models]
+        _row("  score, clipped (HealthBench)", columns, "score", "score_se")
+        _row("  score, not clipped", columns, "mean", "mean_se")
+        curves = [{point["n"]: point for point in column["best_of_n"]} for column in columns]
+        for n in sorted({2**i for i in range(1, 12)} & {n for curve in curves for n in curve}):
+            _row(f"  best of {n}", [curve.get(n) for curve in curves], "mean", "se")
+        _line("  unknown verdicts", [f"{column['unknown']} of {column['verdicts']}" for column in columns])
+        _line("  responses without a score", [f"{column['unscored']} of {column['responses']}" for column in columns])
+    for other in others:
+        print(f"agreement of {one_line(judge)} with {one_line(other)}, 95% intervals")
+        columns = [model["agreement"][other] for model in models]
+        for key, label in (("agreement", "  share of equal verdicts"), ("balanced_f1", "  balanced F1")):
+            cells = ["{:.3f} ({:.2f} to {:.2f})".format(c[key], *c[f"{key}_95"]) if c["verdicts"] else "-" for c in columns]
+            _line(label, cells)
+        _row("  correlation of scores", columns, "correlation")
+    for key, label in (("diversity", "diversity, 1 - Self-BLEU"), ("semantic_distance", "semantic distance")):
+        if any(model[key] for model in models):
+            _row(label, [model[key] for model in models], "mean", "se")
+    _row("entropy, nats", models, "entropy")
+    _line("length, tokens", [f"{model['length']:.0f}" for model in models])
+    _line("cut off", [f"{model['truncated']:.0%}" for model in models])
+    for name, found in results["comparison"].items():
+        if found["mean"] is not None:
+            print(f"\nmodel - base, {one_line(name)}: {found['mean']:+.3f} (95% {found['low']:+.3f} to "
+                  f"{found['high']:+.3f}, {found['tasks']} tasks)")
+    if found := results["novelty"]:
+        above = ", ".join(f"{count} above {limit}" for limit, count in found["above"].items())
+        print(f"novelty: median rho_seq {found['median']:.3f}; {above}, of {found['responses']}")
+    by_tag = [model["judges"][judge]["by_tag"] for model in models]
+    if by_tag[0]:
+        print(f"\nby tag, clipped ({one_line(judge)})")
+    for tag in list(by_tag[0])[:30]:
+        _row(f"  {one_line(tag)} ({by_tag[0][tag]['tasks']})", [tags.get(tag) for tags in by_tag], "score", "score_se")
+
+
+def _line(label, cells):
+    print(f"{label[:46]:46s}" + "".join(f"{cell:>22s}" for cell in cells))
+
+
+def _row(label, columns, key, error=""):
+    """A line with what each column (a dict or None) has under `key`, and its error."""
+    form = "{:+.3f} +- {:.3f}" if error else "{:.3f}"
+    _line(label, [form.format(c[key], c.get(error)) if c and c[key] is not None else "-" for c in columns])
+
+
+def draw(results, folder):
+    """best_of_n.png, tags.png where there are tags, novelty.png where there is a base, in `folder`."""
+    models, judge = list(results["models"].values()), results["judges"][0]
+    by_tag = [model["judges"][judge]["by_tag"] for model in models]
+    for name, picture, *shown in (("best_of_n", _draw_best_of_n, models), ("tags", _draw_tags, by_tag[0] and by_tag, models),
+                                  ("novelty", _draw_novelty, results["novelty"])):
+        if shown[0]:
+            figure = Figure((6, 4), layout="constrained")
+            picture(figure.subplots(), *shown)
+            figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def _label(text):
+    return one_line(text).replace("$", r"\$")  # a dollar sign would begin a formula
+
+
+def _draw_best_of_n(axes, models):
+    for model in models:
+        for judge, found in model["judges"].items():
+            n, means, errors = ([point[key] for point in found["best_of_n"]] for key in ("n", "mean", "se"))
+            axes.errorbar(n, means, errors, fmt="o-", markersize=3, capsize=2, label=_label(f"{model['name']}, {judge}"))
+    axes.set(xlabel="N", ylabel="score of the best of N (not clipped)")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.legend()
+
+
+def _draw_tags(axes, by_tag, models):
+    """One row a tag. by_tag: for each model, {tag: healthbench's figures}."""
+    tags = list(by_tag[0])[:30][::-1]
+    axes.figure.set_size_inches(8, 1.5 + 0.3 * len(tags))
+    for i, (model, scores) in enumerate(zip(models, by_tag)):
+        known = [(row - 0.15 * i, scores[tag]) for row, tag in enumerate(tags) if tag in scores]
+        axes.errorbar([found["score"] for _, found in known], [row for row, _ in known], fmt="os"[i], capsize=2,
+                      xerr=[found["score_se"] for _, found in known], label=_label(model["name"]))
+    axes.set_yticks(range(len(tags)), [_label(f"{tag[:60]} ({by_tag[0][tag]['tasks']})") for tag in tags])
+    axes.set(xlabel="score, clipped, and its bootstrap error (examples in brackets)", xlim=(-0.02, 1.02))
+    axes.legend()
+
+
+def _draw_novelty(axes, novelty):
+    axes.stairs(novelty["histogram"]["counts"], novelty["histogram"]["log10_edges"], fill=True, alpha=0.6)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="log10 of rho_seq", ylabel="responses", title=f"MODEL to base: median {novelty['median']:.2f}")

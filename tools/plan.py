@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from judge import judge_messages
-from plumbing import ranks
+from plumbing import memory
 from plumbing.policy import load_config, prompt_ids
 from plumbing.prepare import (
     check_context,
@@ -22,12 +22,6 @@ from plumbing.prepare import (
 from plumbing.rules import rule_from_tags
 from scaffold import scaffold_messages
 from tasks import load_tasks, split_tasks
-from tools import memory
-
-# What is tried, in this order and together, when a run does not fit. Each costs more than the one before it.
-REMEDIES = (("--gradient-checkpointing", {"gradient_checkpointing": True}), ("--offload yes", {"offload": "yes"}),
-            ("--token-budget 4096", {"token_budget": 4096}), ("--sampler transformers", {"sampler": "transformers"}),
-            ("--kl 0", {"kl": 0.0}))
 
 
 def print_plan(config):
@@ -41,7 +35,6 @@ def print_plan(config):
     device = "cuda" if config.gpu_gb else choose_device(config)
     model_config, tokenizer = load_config(config.model)
     check_context(config, model_config)
-    ranks.check_teams(memory.ranks_of(config)[0], config.tensor_parallel)
     tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
     print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
     for name, value in work(config, tasks, held_out, tokenizer):
@@ -143,15 +136,14 @@ def fits(parts, there):
 
 
 def remedy(config, device, there, parts_of):
-    """The shortest list of flags, in REMEDIES' order, with which the run fits."""
-    flags, least = [], memory.peak(parts_of(config), "device")
-    for flag, change in REMEDIES:
-        changed = dataclasses.replace(config, **change)
-        if (device == "cpu" and "offload" in change) or changed.token_budget > config.token_budget:
-            continue
-        parts = parts_of(changed)
-        if fits(parts, there):
-            return f"{' '.join([*flags, flag])} would make it fit"
-        if memory.peak(parts, "device") < least:  # a help, if not enough
-            config, flags, least = changed, [*flags, flag], memory.peak(parts, "device")
-    return "no flag makes it fit: take a smaller --model, or shorter --max-new-tokens"
+    """What would make a run fit: the two flags that save most, alone or together, or else other settings."""
+    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
+    if device == "cuda":
+        flags["--offload yes"] = {"offload": "yes"}
+    else:
+        flags["--token-budget 1024"] = {"token_budget": 1024}
+    for names in (*([name] for name in flags), list(flags)):
+        changed = dataclasses.replace(config, **{key: value for name in names for key, value in flags[name].items()})
+        if fits(parts_of(changed), there):
+            return f"{' '.join(names)} would make it fit"
+    return "take a smaller --model, or shorter --max-new-tokens and --max-prompt-tokens"

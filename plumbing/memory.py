@@ -44,10 +44,10 @@ def ranks_of(config):
     return ranks, min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def samples_at_once(config, team=1):
-    """Samples that a sampler draws at a time, at most: its share of a step or a validation. team: ranks that share one."""
+def samples_at_once(config):
+    """Most samples that a rank draws at a time: its share of a step or of an evaluation."""
     samples = max(config.batch_size * config.group_size, config.held_out * config.eval_samples)
-    return -(-samples * team // ranks_of(config)[0])
+    return -(-samples // ranks_of(config)[0])
 
 
 def parameter_sizes(model_config):
@@ -109,7 +109,6 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
     sizes, gpu = parameter_sizes(model_config), device == "cuda"
     P = sum(sizes)
     ranks, here = ranks_of(config)
-    team = config.tensor_parallel if vllm else 1
     text = model_config.get_text_config()
     longest = config.max_prompt_tokens + config.max_new_tokens
     kv = kv_bytes_per_token(model_config, dtype)
@@ -134,11 +133,11 @@ def parts(config, model_config, device, vllm, offload, dtype, question=None, pro
                Part("their passing use", passing, when="update")]
     when = "sampling" if gpu and vllm else "always"
     tied_copy = text.vocab_size * text.hidden_size if vllm and not gpu and text.tie_word_embeddings else 0
-    result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize / team, when=when))
+    result.append(Part("sampler's weights", (P + tied_copy) * dtype.itemsize, when=when))
     if vllm and gpu:
-        cache = config.group_size * longest * kv / team  # at the least: a group of the longest responses at a time
+        cache = config.group_size * longest * kv  # at the least: a group of the longest responses at a time
     elif vllm:
-        cache = cpu_cache_bytes(model_config, dtype, longest, samples_at_once(config, team))
+        cache = cpu_cache_bytes(model_config, dtype, longest, samples_at_once(config))
     else:
         row = (prompt or config.max_prompt_tokens) + config.max_new_tokens
         cache = min(samples_at_once(config) * row, max(32768, row)) * kv
