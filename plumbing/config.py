@@ -162,10 +162,8 @@ class Refinement(Config):
                               '{"prompt_id": ..., "responses": [texts]}',
                               valid=(len, "must be at least one file, such as evaluations/NAME/samples.jsonl"))
     limit: int = setting(0, "only the first so many tasks; 0: all", valid=FROM_0)
-    proposer: str = setting("chat", "who writes the rubrics: a language model, or rules picked from the rubrics that the "
-                            "tasks have (for experiments)", ("chat", "rules"))
-    proposer_url: str = setting("", "base URLs of the proposer's OpenAI-compatible servers, comma-separated; the key is in "
-                                "$PROPOSER_API_KEY")
+    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; the key "
+                                "is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model at --proposer-url (default: the only one served)")
     proposer_extra: str = setting("", "JSON object added to each request to the proposer, such as a switch for thinking")
     verifier_url: str = setting("", "base URLs of the servers that check criteria without rules (default: the proposer's); "
@@ -276,12 +274,8 @@ def parse_refinement(argv=None):
         config = Refinement(**given)
         config.output = config.output or f"refined/{Path(config.tasks).stem}"
         check(config)
-        if config.proposer == "chat" and not config.proposer_url:
-            raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
-        if config.proposer == "rules" and config.proposer_url:
-            raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
-        if config.proposer == "rules" and config.start == "prompt" and config.verifier_url:
-            raise ValueError("--verifier-url: --proposer rules writes only criteria that code checks (but with --start own)")
+        if not config.proposer_url:
+            raise ValueError("--proposer-url: give the server of the language model that writes the rubrics")
     return config
 
 

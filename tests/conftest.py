@@ -1,4 +1,8 @@
-"""A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request."""
+"""A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request.
+
+What takes more than about 3 seconds is marked `slow`: `pytest -m "not slow"` leaves it out. Every slow test is work of its
+own for pytest-xdist and comes first; of the others, those of a file stay together.
+"""
 
 import contextlib
 import importlib.util
@@ -6,9 +10,11 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -16,8 +22,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = str(max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))  # this worker's share of the cores
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)  # before torch is imported; for what tests start, too
 ROOT = Path(__file__).parents[1]
 RUN = "ruscarl.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+PRELOADED = ["ruscarl", "evaluation", "refine", "transformers.models.llama.modeling_llama", "torch.distributed.checkpoint",
+             "matplotlib.backends.backend_agg"]
+PATIENCE = 600  # seconds until a test gives up on what it waits for: longer than a slow, busy machine takes
 sys.path.insert(0, str(ROOT))
 
 import pytest
@@ -25,6 +38,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fork_server import ForkServer
 from plumbing import terminal
 
 # In CI nothing may be skipped for want of vllm: there the tests fail without it.
@@ -89,12 +103,70 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def command(*args, env=None, timeout=120):
-    """(exit status, stdout, stderr, seconds) of a command in the project's folder."""
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+def pytest_configure(config):
+    """A marker of pytest-xdist's, for when it is switched off."""
+    config.addinivalue_line("markers", "xdist_group(name): tests for the same worker")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first; every slow test is a unit of work of its own, unless it has a group, the others of a file are one."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            name = item.nodeid if item.get_closest_marker("slow") else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+class Starter:
+    """What starts processes: a fork server, started when it is needed, or subprocess.Popen."""
+
+    servers = []
+
+    def __call__(self, *args, env=None, stdout, stderr, fresh=False, **limits):
+        """A process (with Popen's functions) that does `args`: a script with its arguments, in the project's folder.
+
+        env: changes of the environment. stdout, stderr: file descriptors. fresh: in a new interpreter, not a fork of one
+        that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. limits:
+        signalled (a signal that the process gets, and when) and largest_file, see fork_server.
+        """
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if fresh or not str(args[0]).endswith(".py") or sys.platform != "linux":
+            if limits:
+                pytest.skip("needs a fork server, which needs Linux")
+            return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=stderr, env=env,
+                                    stdin=subprocess.DEVNULL)
+        if not self.servers:
+            self.servers.append(ForkServer(PRELOADED, {
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))
+        modules = ["vllm_preloaded"] if "vllm" in args else []
+        return self.servers[0].start(args, env, stdout, stderr, modules, **limits)
+
+
+start = Starter()
+
+
+def pytest_unconfigure():
+    """End the fork server."""
+    for server in start.servers:
+        server.close()
+
+
+def command(*args, timeout=PATIENCE, **options):
+    """(exit status, stdout, stderr, CPU seconds) of a command; see Starter for the arguments."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = start(*args, stdout=out.fileno(), stderr=err.fileno(), **options)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = getattr(process, "cpu_seconds", after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return status, *texts, seconds
 
 
 @pytest.fixture
@@ -188,14 +260,15 @@ def rows(folder):
 class Terminal:
     """A command whose progress bar is read, as on a terminal: what it shows says where in a step it is."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, **options):
         ours, theirs = pty.openpty()
         termios.tcsetwinsize(theirs, (24, 150))
         self.text, self.ours = "", ours
-        self.process = subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                        stderr=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        with open(os.devnull, "w") as nowhere:
+            self.process = start(*args, stdout=nowhere.fileno(), stderr=theirs, **options)
         os.close(theirs)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self):
         with contextlib.suppress(OSError):  # the other side is closed
@@ -204,23 +277,54 @@ class Terminal:
 
     def until(self, phase, after):
         """Return as soon as the bar shows `phase` in a step later than `after`."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and self.process.poll() is None:
             steps = re.findall(rf"{phase}[^\r\n]*\| (\d)/6", self.text)
             if steps and int(steps[-1]) > after:
                 break
-            time.sleep(0.001)
+            time.sleep(0.01)
 
-    def send(self, number, phase, after):
-        """Signal `number` then; returns the exit status."""
-        self.until(phase, after)
-        self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+    def wait(self):
+        """Exit status; then all of the text is there."""
+        status = self.process.wait(timeout=PATIENCE)
+        self._reader.join(timeout=10)
+        return status
+
+
+class Ranks:
+    """A command in two processes, as torchrun would start them; but nobody ends one when the other dies.
+
+    The leader has a Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
+    """
+
+    def __init__(self, *args, signalled=None):
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+        self._file = tempfile.TemporaryFile()
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
+               "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        self._terminal = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
+        self.processes = {0: self._terminal.process, 1: start(
+            *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"}, stdout=self._file.fileno(), stderr=self._file.fileno())}
+
+    def wait(self):
+        """The ranks' exit statuses."""
+        return [self._terminal.wait(), self.processes[1].wait(PATIENCE)]
+
+    @property
+    def text(self):
+        """What they have said on stderr."""
+        self._file.seek(0)
+        return self._terminal.text + self._file.read().decode(errors="replace")
+
+
+def shows(phase, step):
+    """For `signalled`: the moment at which the bar of a run of 6 steps first shows `phase` in step number `step`."""
+    return rf"{phase}[^\r\n]*\| {step}/6"
 
 
 class Server:
     """OpenAI-compatible server on 127.0.0.1. `answers`: a function (body, number of the request) -> (status, headers,
-    body text), set by the test; `requests`: the bodies received."""
+    body text), or None to hang up without an answer, set by the test; `requests`: the bodies received."""
 
     def __init__(self, port=0, model="judge"):
         self.requests, self.answers = [], None
@@ -234,7 +338,10 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 body["_authorization"] = self.headers.get("Authorization")
                 server.requests.append(body)
-                self.reply(*server.answers(body, len(server.requests)))
+                if answer := server.answers(body, len(server.requests)):
+                    self.reply(*answer)
+                else:
+                    self.close_connection = True
 
             def reply(self, status, headers, text):
                 try:

@@ -6,17 +6,28 @@ import io
 import json
 import os
 import re
-import resource
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
 import torch
 
 import ruscarl
-from conftest import ROOT, RUN, Server, Terminal, command, completion, flags_in, read, rows, tiny_model, write_tasks
+from conftest import (
+    PATIENCE,
+    RUN,
+    Server,
+    Terminal,
+    command,
+    completion,
+    flags_in,
+    read,
+    rows,
+    shows,
+    tiny_model,
+    write_tasks,
+)
 from judge import Judge
 from plumbing import checkpoints
 from plumbing.config import Config
@@ -24,67 +35,76 @@ from plumbing.runs import Run
 from sampler import TransformersSampler
 from tasks import load_tasks, split_tasks
 
+PART = r"^os\.rename \S*part "  # a checkpoint is written, and gets its name
 
-@pytest.mark.parametrize("phase", ["sampling", "updating", "saving"])
-def test_killed_anywhere_and_continued(flags, uncut, whole, tmp_path, phase):
-    terminal = Terminal(RUN, *flags, "--name", "cut")
-    assert terminal.send(signal.SIGKILL, phase, after=1) == -signal.SIGKILL
-    folder = tmp_path / "runs" / "cut"
-    assert 1 <= len(read_whole_lines(folder / "metrics.jsonl")) < 6
-    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "cut", "--resume")
+
+def resume(runs, name):
+    """Continue the run, which must go to its end; what it says on stderr."""
+    status, _, err, _ = command(RUN, "--runs", runs, "--name", name, "--resume")
     assert status == 0, err
+    return err
+
+
+@pytest.mark.parametrize("moment, done", [
+    (shows("sampling", 2), 2), (shows("judging", 2), 2), (shows("updating", 2), 2), (shows("saving", 2), 3),
+    (r"^open \S*rollouts/step_00002", 2), (r"^open \S*part/\S*safetensors", 1), (PART + ".*_00003", 3)],
+    ids=["sampling", "judging", "updating", "saving", "rollouts", "first checkpoint", "rename"])
+def test_killed_anywhere_and_continued(flags, uncut, whole, tmp_path, moment, done):
+    terminal = Terminal(RUN, *flags, "--name", "cut", signalled=(signal.SIGKILL, moment))
+    assert terminal.wait() == -signal.SIGKILL, terminal.text[-2000:]
+    folder = tmp_path / "runs" / "cut"
+    assert len(read(folder / "metrics.jsonl")) == done
+    resume(tmp_path / "runs", "cut")
     assert rows(folder) == whole
     weights = [(run / "policy" / "model.safetensors").read_bytes() for run in (uncut, folder)]
     assert weights[0] == weights[1]
 
 
-def read_whole_lines(path):
-    """Lines of a file that may end in a torn one."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def test_a_line_that_a_kill_has_cut_off_is_written_again(flags, whole, tmp_path):
+    terminal = Terminal(RUN, *flags, "--name", "cut", signalled=(signal.SIGKILL, shows("saving", 2)))
+    assert terminal.wait() == -signal.SIGKILL, terminal.text[-2000:]
+    metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
+    os.truncate(metrics, metrics.stat().st_size - 20)
+    assert "its last line was cut off" in resume(tmp_path / "runs", "cut")
+    assert rows(metrics.parent) == whole
 
 
 @pytest.mark.parametrize("number, phase", [(signal.SIGINT, "sampling"), (signal.SIGTERM, "updating")])
 def test_asked_to_leave_it_saves(flags, whole, tmp_path, number, phase):
-    terminal = Terminal(RUN, *flags, "--name", "left", "--save-every", "100")
-    assert terminal.send(number, phase, after=1) == 128 + number, terminal.text
+    terminal = Terminal(RUN, *flags, "--name", "left", "--save-every", "100", signalled=(number, shows(phase, 2)))
+    assert terminal.wait() == 128 + number, terminal.text[-2000:]
     assert f"stopped: {number.name}; continue with --resume" in terminal.text and "Traceback" not in terminal.text
     folder = tmp_path / "runs" / "left"
     done = len(read(folder / "metrics.jsonl"))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{done:05d}"]  # nothing is lost
-    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "left", "--resume")
-    assert status == 0, err
+    assert done == (2 if phase == "sampling" else 3)  # a step whose update has begun is done whole
+    resume(tmp_path / "runs", "left")
     assert rows(folder) == whole
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(flags, whole, tmp_path):
-    terminal = Terminal(RUN, *flags, "--name", "full")
-    terminal.send(signal.SIGKILL, "sampling", after=2)
+    Terminal(RUN, *flags, "--name", "full", signalled=(signal.SIGKILL, shows("sampling", 3))).wait()
     folder = tmp_path / "runs" / "full"
     before = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     size = next((folder / "checkpoints" / before[-1]).glob("*.safetensors")).stat().st_size
-    done = subprocess.run([sys.executable, RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume"], cwd=ROOT,
-                          text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
-    assert done.returncode == 1 and "stopped: cannot save" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume", largest_file=size // 2)
+    assert status == 1 and "stopped: cannot save" in err and "Traceback" not in err, err
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
-    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "full", "--resume")
-    assert status == 0, err
+    resume(tmp_path / "runs", "full")
     assert rows(folder) == whole
 
 
 def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(flags, whole, tmp_path):
-    terminal = Terminal(RUN, *flags, "--name", "torn")
-    terminal.send(signal.SIGKILL, "sampling", after=3)
-    folders = sorted((tmp_path / "runs" / "torn" / "checkpoints").glob("step_*"))
-    assert len(folders) == 2  # --keep-checkpoints
-    (shard,) = folders[-1].glob("*.safetensors")
+    terminal = Terminal(RUN, *flags, "--name", "torn", signalled=(signal.SIGKILL, PART + ".*_00005"))
+    assert terminal.wait() == -signal.SIGKILL, terminal.text[-2000:]
+    checkpoints = tmp_path / "runs" / "torn" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step_00003", "step_00004", "part"}  # --keep-checkpoints 2
+    (shard,) = (checkpoints / "step_00004").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:500_000])
-    (folders[-1].parent / "part").mkdir()
-    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
-    assert status == 0 and f"{folders[-1].name}: unreadable checkpoint" in err, err
-    assert "part: a half-written checkpoint, not used" in err
+    err = resume(tmp_path / "runs", "torn")
+    assert "step_00004: unreadable checkpoint" in err and "part: a half-written checkpoint, not used" in err, err
     assert rows(tmp_path / "runs" / "torn") == whole
-    for path in (tmp_path / "runs" / "torn" / "checkpoints").rglob("*.safetensors"):
+    for path in checkpoints.rglob("*.safetensors"):
         path.write_bytes(b"")
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "torn", "--resume")
     assert status == 2 and "unreadable checkpoint" in err and "Traceback" not in err
@@ -149,17 +169,24 @@ def well_judged(model_folder, tmp_path_factory):
     return rows(folder / "runs" / "good")
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_down_for_a_while_is_waited_for(flags, well_judged, tmp_path):
-    server = Server()
-    server.answers = verdict
+    server, is_down = Server(), threading.Event()
+
+    def answers(body, number):
+        if number <= 40:
+            return verdict(body, number)
+        is_down.set()
+        return None  # it hangs up
+
+    server.answers = answers
     terminal = Terminal(RUN, *judged_by(server.url, flags, tmp_path), "--name", "waited")
-    while len(server.requests) < 40:
-        time.sleep(0.001)
+    assert is_down.wait(PATIENCE)
     server.close()
     time.sleep(float(os.environ.get("OUTAGE_SECONDS", "5")))
     again = Server(int(server.url.split(":")[2].split("/")[0]))
     again.answers = verdict
-    assert terminal.process.wait(timeout=120) == 0, terminal.text
+    assert terminal.wait() == 0, terminal.text[-2000:]
     again.close()
     assert "cannot be reached; waiting for it" in terminal.text
     assert rows(tmp_path / "runs" / "waited") == well_judged

@@ -3,19 +3,14 @@
 import importlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, RUN, Terminal, command, needs_vllm, read, refused, rows
+from conftest import PATIENCE, RUN, TORCHRUN, Ranks, Terminal, command, needs_vllm, read, refused, rows, shows
 from two_ranks import CASES, gradients
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def same(ours, theirs):
@@ -26,20 +21,33 @@ def same(ours, theirs):
 
 
 def processes(terminal):
-    """{rank: process id} of what torchrun has started."""
+    """{rank: process id} of what torchrun has started so far."""
     found = {}
     for task in os.listdir(f"/proc/{terminal.process.pid}/task"):
         with open(f"/proc/{terminal.process.pid}/task/{task}/children") as file:
             for child in file.read().split():
                 with open(f"/proc/{child}/environ") as environment:
                     of_child = dict(line.split("=", 1) for line in environment.read().split("\0") if "=" in line)
-                found[int(of_child["RANK"])] = int(child)
+                if "RANK" in of_child:
+                    found[int(of_child["RANK"])] = int(child)
     return found
 
 
+def stopped(process):
+    """Whether a process has been stopped by SIGSTOP."""
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def on_two_ranks(*args):
+    """What a command says on stderr that two ranks do, both of which must come to its end."""
+    both = Ranks(*args)
+    assert both.wait() == [0, 0], both.text[-5000:]
+    return both.text
+
+
 def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
-    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "write_gradients", tmp_path)
-    assert status == 0, err
+    on_two_ranks("tests/two_ranks.py", "write_gradients", tmp_path)
     for name, arguments in CASES.items():
         ours, theirs = load_file(tmp_path / f"{name}.safetensors"), gradients(*arguments)
         assert ours.keys() == theirs.keys() and ours["1.loss"] != 0
@@ -50,13 +58,12 @@ def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
 
 
 def test_two_ranks_train_as_one_and_one_continues_what_two_began(flags, uncut, whole, tmp_path):
-    terminal = Terminal(*TORCHRUN, RUN, *flags, "--name", "two")
-    terminal.until("updating", after=2)
-    for process in (*processes(terminal).values(), terminal.process.pid):
-        os.kill(process, signal.SIGKILL)
-    terminal.process.wait()
+    both = Ranks(RUN, *flags, "--name", "two", signalled=(signal.SIGKILL, shows("updating", 3)))
+    assert both.processes[0].wait(PATIENCE) == -signal.SIGKILL, both.text[-2000:]
+    both.processes[1].kill()
     folder = tmp_path / "runs" / "two"
-    same(rows(folder), whole[: len(rows(folder))])
+    assert len(rows(folder)) == 3
+    same(rows(folder), whole[:3])
     for step in range(3):
         name = f"rollouts/step_{step:05d}.jsonl"
         assert [r["response"] for r in read(folder / name)] == [r["response"] for r in read(uncut / name)]
@@ -68,28 +75,30 @@ def test_two_ranks_train_as_one_and_one_continues_what_two_began(flags, uncut, w
 
 
 def test_asked_to_leave_they_save_and_two_continue_what_one_began(flags, whole, tmp_path):
-    terminal = Terminal(RUN, *flags, "--name", "one", "--save-every", "100")
-    assert terminal.send(signal.SIGINT, "sampling", after=0) == 130
-    terminal = Terminal(*TORCHRUN, RUN, "--runs", tmp_path / "runs", "--name", "one", "--resume")
-    assert terminal.send(signal.SIGTERM, "sampling", after=2) == 1
-    assert terminal.text.count("stopped: SIGTERM; continue with --resume") == 1
+    terminal = Terminal(RUN, *flags, "--name", "one", "--save-every", "100", signalled=(signal.SIGINT, shows("sampling", 1)))
+    assert terminal.wait() == 130
+    resumed = ["--runs", tmp_path / "runs", "--name", "one", "--resume"]
+    both = Ranks(RUN, *resumed, signalled=(signal.SIGTERM, shows("sampling", 3)))  # one of them is told
+    assert both.wait() == [143, 143], both.text[-5000:]
+    assert both.text.count("stopped: SIGTERM; continue with --resume") == 1
     folder = tmp_path / "runs" / "one"
-    done = len(rows(folder))
-    assert (folder / "checkpoints" / f"step_{done:05d}").exists()
-    status, _, err, _ = command(*TORCHRUN, RUN, "--runs", tmp_path / "runs", "--name", "one", "--resume")
-    assert status == 0, err
+    assert len(rows(folder)) == 3 and (folder / "checkpoints" / "step_00003").exists()
+    on_two_ranks(RUN, *resumed)
     same(rows(folder), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dying, phase", [(1, "sampling"), (0, "updating")])
-def test_when_one_dies_the_others_end_within_a_minute(flags, whole, tmp_path, dying, phase):
-    terminal = Terminal(*TORCHRUN, RUN, *flags, "--name", "dead")
-    terminal.until(phase, after=1)
-    started = processes(terminal)
+def test_when_one_dies_torchrun_ends_and_the_run_can_go_on(flags, whole, tmp_path, dying, phase):
+    terminal = Terminal(*TORCHRUN, "tests/two_ranks.py", "stop_when", shows(phase, 2), RUN, *flags, "--name", "dead")
+    while len(started := processes(terminal)) < 2 or not stopped(started[0]):
+        assert terminal.process.poll() is None, terminal.text[-2000:]
+        time.sleep(0.1)
     os.kill(started[dying], signal.SIGKILL)
+    os.kill(started[0], signal.SIGCONT)
     start = time.monotonic()
-    assert terminal.process.wait(timeout=90) == 1
-    assert time.monotonic() - start < 60
+    assert terminal.wait() == 1
+    assert time.monotonic() - start < 180
     assert not any(os.path.exists(f"/proc/{process}") for process in started.values())
     assert "is gone" in terminal.text and "; continue with --resume" in terminal.text
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "dead", "--resume")
@@ -97,41 +106,38 @@ def test_when_one_dies_the_others_end_within_a_minute(flags, whole, tmp_path, dy
     same(rows(tmp_path / "runs" / "dead"), whole)
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_every_rank_has_its_engine(flags, tmp_path):
     short = [*flags, "--sampler", "vllm", "--steps", "2", "--eval-every", "2", "--check-sync"]
-    for name, how in (("one", ()), ("two", TORCHRUN)):
-        status, _, err, _ = command(*how, RUN, *short, "--name", name, timeout=300)
-        assert status == 0 and "check-sync: mean gap" in err and "Traceback" not in err, err
-        same(*(rows(tmp_path / "runs" / run) for run in (name, "one")))
+    status, _, one, _ = command(RUN, *short, "--name", "one")
+    assert status == 0, one
+    two = on_two_ranks(RUN, *short, "--name", "two")
+    assert "check-sync: mean gap" in one and "check-sync: mean gap" in two
+    same(rows(tmp_path / "runs" / "two"), rows(tmp_path / "runs" / "one"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function, signs", [
     ("wait_for_a_judge", {"timed out"}), ("leave_late", {"left 0", "left 1"}), ("start_late", {"came 0", "came 1"}),
     ("fill_the_disk", {"told 0", "told 1", "step_00001"}),
 ])
 def test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all(function, signs, tmp_path):
-    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", function, tmp_path)
-    assert status == 0, err
+    on_two_ranks("tests/two_ranks.py", function, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == signs
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_told_with_its_number(tmp_path):
-    status, _, err, seconds = command(*TORCHRUN, "tests/two_ranks.py", "complain", tmp_path)
-    assert status == 1 and err.count("rank 1: the disk of this one is broken") == 1 and seconds < 50, err
+    status, _, err, _ = command(*TORCHRUN, "tests/two_ranks.py", "complain", tmp_path)
+    assert status == 1 and err.count("rank 1: the disk of this one is broken") == 1, err
+    assert not list(tmp_path.iterdir())  # torchrun has ended the other
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_on_another_machine_ends_this_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
-                               "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port),
-                               "tests/two_ranks.py", "die_elsewhere", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
-    err = nodes[0].communicate(timeout=120)[1]
-    nodes[1].communicate(timeout=60)
-    assert nodes[0].returncode == nodes[1].returncode == 1 and "rank 0: rank 1 is gone" in err, err
+    both = Ranks("tests/two_ranks.py", "die_elsewhere", tmp_path)  # and no torchrun ends the other
+    assert both.wait() == [1, 9] and "rank 0: rank 1 is gone" in both.text, both.text
     assert not list(tmp_path.iterdir())
 
 
@@ -145,5 +151,5 @@ def test_what_is_one_process_is_not_started_many_times(name, monkeypatch, capsys
     (["--steps", "0"], "--steps must be above 0"), (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
 ])
 def test_a_mistake_is_told_once(flags, mistake, message):
-    status, out, err, _ = command(*TORCHRUN, RUN, *flags, *mistake)
-    assert status == 1 and err.count(message) == 1 and "ruscarl.py: error: " in err and out == "", err
+    both = Ranks(RUN, *flags, *mistake)
+    assert both.wait() == [2, 2] and both.text.count(message) == 1 and "ruscarl.py: error: " in both.text, both.text

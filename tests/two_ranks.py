@@ -1,6 +1,7 @@
-"""What the ranks of test_ranks.py do; torchrun starts it. Also imported there, for one rank to do the same."""
+"""What the ranks of test_ranks.py do: two_ranks.py FUNCTION ARGUMENT... Also imported there, for one rank to do the same."""
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import grpo
+from fork_server import signal_when
 from plumbing import checkpoints, ranks
 from plumbing.policy import named_weights, shard
 from test_grpo import make_samples, nudged, tiny_model
@@ -56,11 +58,11 @@ CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", t
 
 
 def wait_for_a_judge(folder):
-    """One rank takes three times as long as the group's time-out before it meets the others."""
-    ranks.COLLECTIVE = 2
+    """One rank takes longer than the group's time-out before it meets the others."""
+    ranks.COLLECTIVE = 5
     ranks.join("cpu")
     with ranks.together():
-        time.sleep(6 * ranks.rank())
+        time.sleep(8 * ranks.rank())
     assert ranks.gather(ranks.rank()) == [0, 1]
     try:  # and the time-out is really that short
         if ranks.leader():
@@ -105,14 +107,14 @@ def die_elsewhere(folder):
 
 def leave_late(folder):
     """Only one rank is told to stop; the other needs longer than PATIENCE for what it does: both come out of it."""
-    ranks.BEAT, ranks.PATIENCE = 0.2, 2
+    ranks.BEAT, ranks.PATIENCE = 0.2, 4
     ranks.join("cpu")
     ranks.listen()
     if ranks.leader():
         os.kill(os.getpid(), signal.SIGTERM)
     try:
         with ranks.together():
-            time.sleep(60 if ranks.leader() else 5)  # the leader does not begin it
+            time.sleep(60 if ranks.leader() else 7)  # the leader does not begin it
     except ranks.Interrupted as interrupted:
         assert interrupted.status == 143
         ranks.gather((Path(folder) / f"left {ranks.rank()}").touch())
@@ -121,9 +123,9 @@ def leave_late(folder):
 
 def start_late(folder):
     """One rank comes to a meeting later than a dead one would be missed: it shows that it lives."""
-    ranks.BEAT, ranks.SILENCE = 0.2, 2
+    ranks.BEAT, ranks.SILENCE = 0.2, 4
     ranks.join("cpu")
-    time.sleep(5 * ranks.rank())
+    time.sleep(7 * ranks.rank())
     ranks.meet()
     (Path(folder) / f"came {ranks.rank()}").touch()
     ranks.leave()
@@ -133,11 +135,20 @@ def complain(folder):
     """An error of one rank is told with its number."""
     ranks.join("cpu")
     if ranks.leader():
-        time.sleep(60)
+        time.sleep(600)
+        (Path(folder) / "slept").touch()
     ranks.complain("the disk of this one is broken")
     sys.exit(2)
 
 
+def stop_when(pattern, script, *arguments):
+    """Do the script; the leader stops (SIGSTOP) as soon as its bar shows `pattern`."""
+    if os.environ["RANK"] == "0":
+        signal_when(signal.SIGSTOP, pattern)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    globals()[sys.argv[1]](sys.argv[2])
+    globals()[sys.argv[1]](*sys.argv[2:])
