@@ -162,8 +162,8 @@ class Refinement(Config):
                               '{"prompt_id": ..., "responses": [texts]}',
                               valid=(len, "must be at least one file, such as evaluations/NAME/samples.jsonl"))
     limit: int = setting(0, "only the first so many tasks; 0: all", valid=FROM_0)
-    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; the key "
-                                "is in $PROPOSER_API_KEY")
+    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; the "
+                                "key is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model at --proposer-url (default: the only one served)")
     proposer_extra: str = setting("", "JSON object added to each request to the proposer, such as a switch for thinking")
     verifier_url: str = setting("", "base URLs of the servers that check criteria without rules (default: the proposer's); "
