@@ -212,13 +212,11 @@ class ChatClient:
                                     f"{self.patience:.0f} s)") from None
                 unreached += 1
                 pause = min(pause, REST) if outage > 0 else 0  # 0: another server can be asked
-            except (requests.RequestException, _Failed) as error:
+            except _Failed as error:
                 tries += 1
                 if tries > self.retries:
-                    reason = error if isinstance(error, _Failed) else type(error).__name__
-                    raise ChatError(f"{url}: {reason} (gave up after {tries} tries)") from None
-                if isinstance(error, _Failed):
-                    pause, temperature = max(pause, error.pause), error.temperature
+                    raise ChatError(f"{url}: {error} (gave up after {tries} tries)") from None
+                pause, temperature = max(pause, error.pause), error.temperature
             finally:
                 with self._lock:
                     self._in_flight[url] -= 1
@@ -248,13 +246,14 @@ class ChatClient:
             return outage
 
     def _try(self, url, messages, parse, schema, temperature):
-        """One request. Raises _Failed or RequestException for what may pass, ChatError for what will not."""
+        """One request. Raises _Failed or requests.ConnectionError for what may pass, ChatError for what will not."""
         try:
             answer = self._post(url, messages, schema, temperature)
-        except requests.RequestException as error:
-            if isinstance(error, requests.Timeout):
-                self._rests_until[url] = time.monotonic() + REST
+        except requests.ConnectionError:
             raise
+        except requests.RequestException as error:  # mostly a time-out
+            self._rests_until[url] = time.monotonic() + REST
+            raise _Failed(type(error).__name__) from None
         except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
             raise ChatError(f"{url}: {self.quoted(str(error))}") from None
         with self._lock:
