@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
+import math
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from math import inf
 from pathlib import Path
 
 from plumbing import terminal
@@ -14,10 +13,11 @@ from plumbing.chat import Server
 from plumbing.runs import saved_config
 from scaffold import DECAYS, PATTERNS
 
-# Which values a setting may have: (test, what the error says).
-ABOVE_0 = (lambda value: value > 0, "must be above 0")
-FROM_0 = (lambda value: 0 <= value < inf, "must not be negative or infinite")
-SHARE = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+
+def setting(default, help, choices=None, least=None, above=None, most=None):
+    """A dataclass field with a line of help and what it may be: one of choices; a number >= least, > above, <= most."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, above, most)})
+
 
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "judge_url", "judge_extra",
@@ -25,84 +25,71 @@ MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_ski
               "offload", "gpu_gb", "gpus", "check_sync", "tracker", "runs", "name"}
 
 
-def setting(default, help, choices=None, valid=(lambda value: True, "")):
-    """A dataclass field with a line of help and the values that it may have."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "valid": valid})
-
-
 @dataclass
 class Config:
     """Defaults are the laptop preset; PAPER below replaces some where --model is given."""
 
-    model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (135M parameters, from PyPI)",
-                         valid=(str.strip, "must not be empty"))
+    model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (135M parameters, from PyPI)")
     tasks: str = setting("first_aid", "questions with rubrics: first_aid, healthbench, or a .jsonl or .parquet file")
     preset: str = setting("auto", "defaults of the other settings; auto: paper for any --model but smollm2, else laptop",
                           ("auto", "laptop", "paper"))
-    name: str = setting("", "name of the run (default: model and time)",
-                        valid=(lambda name: "/" not in name and name[:1] != ".", "must be a plain folder name"))
+    name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
     seed: int = setting(0, "seed of every random draw")
-    steps: int = setting(24, "training steps; each samples, judges and updates once", valid=ABOVE_0)
-    group_size: int = setting(8, "G, responses to each question", valid=(
-        lambda size: size >= 2, "must be at least 2, since a response is compared with the others of its group"))
-    batch_size: int = setting(4, "questions in a step", valid=ABOVE_0)
-    mini_batch_size: int = setting(4, "questions in an optimiser step; divides --batch-size", valid=ABOVE_0)
-    lr: float = setting(5e-5, "learning rate of AdamW, constant", valid=FROM_0)
-    weight_decay: float = setting(0.0, "weight decay of AdamW", valid=FROM_0)
-    kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model", valid=FROM_0)
-    clip_low: float = setting(0.2, "the policy ratio is clipped below 1 - clip_low",
-                              valid=(lambda value: 0 <= value < 1, "must be at least 0 and below 1"))
-    clip_high: float = setting(0.2, "the policy ratio is clipped above 1 + clip_high", valid=FROM_0)
-    dual_clip: float = setting(0.0, "bound of the loss, -A * dual_clip, where the advantage A is below 0; 0 is off",
-                               valid=(lambda value: value == 0 or value > 1, "must be above 1, or 0 for off"))
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", valid=ABOVE_0)
+    steps: int = setting(24, "training steps; each samples, judges and updates once", above=0)
+    group_size: int = setting(8, "G, responses to each question", least=2)
+    batch_size: int = setting(4, "questions in a step", above=0)
+    mini_batch_size: int = setting(4, "questions in an optimiser step; divides --batch-size", above=0)
+    lr: float = setting(5e-5, "learning rate of AdamW, constant", least=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", least=0)
+    kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model", least=0)
+    clip_low: float = setting(0.2, "the policy ratio is clipped below 1 - clip_low", least=0, most=1)
+    clip_high: float = setting(0.2, "the policy ratio is clipped above 1 + clip_high", least=0)
+    dual_clip: float = setting(0.0, "bound of the loss, -A * dual_clip, where the advantage A is below 0; 0 is off", least=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     ratio: str = setting("plain", "prompts in numerator and denominator of the policy ratio: plain: question, question; "
                          "unbiased: question, scaffold; scaffolded: scaffold, scaffold",
                          ("plain", "unbiased", "scaffolded"))
-    max_new_tokens: int = setting(64, "longest response, in tokens", valid=ABOVE_0)
+    max_new_tokens: int = setting(64, "longest response, in tokens", above=0)
     max_prompt_tokens: int = setting(2048, "longest prompt, in tokens; a task whose question with the whole rubric is "
-                                     "longer is not trained on", valid=ABOVE_0)
-    temperature: float = setting(0.7, "sampling temperature", valid=FROM_0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability; 1 is off",
-                           valid=(lambda value: 0 < value <= 1, "must be above 0 and at most 1"))
-    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off", valid=FROM_0)
+                                     "longer is not trained on", above=0)
+    temperature: float = setting(0.7, "sampling temperature", above=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off", above=0, most=1)
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off", least=0)
     decay: str = setting("sigmoid", "how the scaffold fades over training", DECAYS)
-    midpoint: float = setting(0.5, "share of the training after which the sigmoid is at one half (t0)", valid=SHARE)
-    steepness: float = setting(12.0, "steepness of the sigmoid (alpha): from 99%% to 1%% takes 9.19 / alpha of the training",
-                               valid=FROM_0)
-    power: float = setting(2.0, "exponent of --decay power", valid=ABOVE_0)
+    midpoint: float = setting(0.5, "share of the training after which the sigmoid is at one half (t0)", least=0, most=1)
+    steepness: float = setting(12.0, "steepness of the sigmoid (alpha): 99%% to 1%% in 9.19 / steepness of the run", least=0)
+    power: float = setting(2.0, "exponent of --decay power", above=0)
     pattern: str = setting("linear", "how the share of the rubric that is shown differs within a group", PATTERNS)
-    full_samples: int = setting(1, "with --pattern binary: samples of a group that see the scaffold")
+    full_samples: int = setting(1, "with --pattern binary: samples of a group that see the scaffold", least=0)
     sampler: str = setting("auto", "what generates responses; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
     tis: float = setting(0.0, "truncated importance sampling: tokens are weighted by min(trainer's / sampler's probability, "
-                         "tis); 2 is usual, 0 is off",
-                         valid=(lambda value: value == 0 or value >= 1, "must be at least 1, or 0 for off"))
+                         "tis); 2 is usual, 0 is off", least=0)
     check_sync: bool = setting(False, "before training, prove by log-probabilities that the sampler takes over weights")
-    judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self, "
-                         "the policy", ("auto", "rules", "chat", "self"))
+    judge: str = setting("auto", "who judges criteria without a rule: the servers of --judge-url (chat) or the policy (self); "
+                         "auto: chat where a server is given", ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of the judge's OpenAI-compatible servers, comma-separated (default: "
                              "$RUSCARL_JUDGE_URL); the key is in $OPENAI_API_KEY")
     judge_model: str = setting("", "model at --judge-url (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
     judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
-    judge_concurrency: int = setting(64, "requests to a model's servers at a time", valid=ABOVE_0)
-    max_unknown: float = setting(0.1, "stop where a larger share of a step's verdicts could not be had", valid=SHARE)
-    held_out: int = setting(16, "tasks kept for evaluation and never trained on", valid=ABOVE_0)
-    eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last", valid=ABOVE_0)
-    eval_samples: int = setting(4, "responses to each held-out task", valid=ABOVE_0)
-    save_every: int = setting(8, "write a checkpoint every so many steps; also after the last", valid=ABOVE_0)
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", valid=ABOVE_0)
-    max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite", valid=ABOVE_0)
-    token_budget: int = setting(2048, "tokens that pass through the model at a time; fewer take less memory", valid=ABOVE_0)
+    judge_concurrency: int = setting(64, "requests to a model's servers at a time", above=0)
+    max_unknown: float = setting(0.1, "stop where a larger share of a step's verdicts could not be had", least=0, most=1)
+    held_out: int = setting(16, "tasks kept for evaluation and never trained on", above=0)
+    eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last", above=0)
+    eval_samples: int = setting(4, "responses to each held-out task", above=0)
+    save_every: int = setting(8, "write a checkpoint every so many steps; also after the last", above=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", above=0)
+    max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite", above=0)
+    token_budget: int = setting(2048, "tokens that pass through the model at a time; fewer take less memory", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     device: str = setting("auto", "where models compute; auto: cuda where there is a GPU", ("auto", "cpu", "cuda"))
     offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer state of a policy on a "
                            "GPU; auto: where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision in which models compute; master weights are always float32",
                          ("auto", "float32", "bfloat16"))
-    gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", valid=FROM_0)
-    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", valid=ABOVE_0)
+    gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
+    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
@@ -137,19 +124,18 @@ class Evaluation(Config):
     """The settings of evaluation.py: those of Config in SHARED, and these."""
 
     base: str = setting("", "a second model to compare with; novelty is measured against it")
-    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K",
-                           valid=ABOVE_0)
+    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K", above=0)
     held_out: int = setting(0, "only the tasks that a run with this --held-out keeps for evaluation, 0: all tasks "
-                            "(default: what the run MODEL was started with)", valid=FROM_0)
+                            "(default: what the run MODEL was started with)", least=0)
+    temperature: float = setting(0.7, "sampling temperature; 0 takes the likeliest tokens", least=0)
     judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
                          "chat and self are asked about every criterion. Another judge judges the kept responses again",
                          ("auto", "rules", "chat", "self"))
-    embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance", valid=(
-        lambda path: not path or (Path(path) / "config.json").is_file(), "must be a folder with a model in it"))
+    embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance")
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
-    chunk: int = setting(128, "responses that are sampled and judged before they are written down", valid=ABOVE_0)
+    chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
-    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype",
+    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "top_p", "top_k", "dtype",
               "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
@@ -159,9 +145,8 @@ class Refinement(Config):
     """The settings of refine.py: those of Config in SHARED, and these."""
 
     responses: tuple = setting((), "files with responses to the tasks: samples.jsonl of evaluations, or lines of "
-                              '{"prompt_id": ..., "responses": [texts]}',
-                              valid=(len, "must be at least one file, such as evaluations/NAME/samples.jsonl"))
-    limit: int = setting(0, "only the first so many tasks; 0: all", valid=FROM_0)
+                              '{"prompt_id": ..., "responses": [texts]}')
+    limit: int = setting(0, "only the first so many tasks; 0: all", least=0)
     proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; the "
                                 "key is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model at --proposer-url (default: the only one served)")
@@ -172,9 +157,9 @@ class Refinement(Config):
     verifier_extra: str = setting("", "JSON object added to each request to the verifier")
     start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
                          ("prompt", "own"))
-    rounds: int = setting(4, "most refinements of a rubric, two responses each", valid=FROM_0)
+    rounds: int = setting(4, "most refinements of a rubric, two responses each", least=0)
     max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
-                                  "that the rubric told apart before", valid=SHARE)
+                                  "that the rubric told apart before", least=0, most=1)
     always: bool = setting(False, "refine even where the two best are told apart already, as the paper does")
     output: str = setting("", "folder for everything that comes out (default: refined/<tasks>)")
 
@@ -209,14 +194,6 @@ class Parser(argparse.ArgumentParser):
             self.error("runs in one process: start it without torchrun")
         return found
 
-    @contextmanager
-    def mistakes(self):
-        """Around what finds mistakes: a ValueError or OSError becomes an `error`."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(str(error))
-
     def error(self, message):
         """Print the mistake and exit with status 2."""
         terminal.error(self.prog, message)
@@ -235,48 +212,18 @@ def parse_training(argv=None):
                          help="ask the judge at --judge-url what rules know, and print how often it is right")
     given = parser.given(argv, ranks=True)
     action = given.pop("action")
-    with parser.mistakes():
+    try:
         config = _resumed(given) if given.get("resume") else _new(given)
         check(config)
-        check_training(config)
         if config.gpu_gb and action != "plan":
             raise ValueError("--gpu-gb is for --plan")
         if config.gpus > 1 and not config.gpu_gb:
             raise ValueError("--gpus is for --plan with --gpu-gb; torchrun starts a run on many GPUs")
         if action == "calibrate" and not config.judge_url:
             raise ValueError("--judge-calibrate needs --judge-url (or $RUSCARL_JUDGE_URL)")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return action, config
-
-
-def parse_evaluation(argv=None):
-    """The Evaluation of evaluation.py's command line."""
-    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked without scaffold.")
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
-    parser.add_flags(Evaluation, Evaluation.SHARED)
-    given = parser.given(argv)
-    with parser.mistakes():
-        config = Evaluation(**{**_evaluated(given), **given})
-        find_judge(config)
-        config.output = config.output or f"evaluations/{short_name(config.model)}"
-        check(config)
-        if config.temperature == 0 and config.samples > 1:
-            raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
-    return config
-
-
-def parse_refinement(argv=None):
-    """The Refinement of refine.py's command line."""
-    parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
-    parser.add_argument("tasks", metavar="TASKS", help="as ruscarl.py --tasks, but the rubrics may be missing")
-    parser.add_flags(Refinement, Refinement.SHARED)
-    given = parser.given(argv)
-    with parser.mistakes():
-        config = Refinement(**given)
-        config.output = config.output or f"refined/{Path(config.tasks).stem}"
-        check(config)
-        if not config.proposer_url:
-            raise ValueError("--proposer-url: give the server of the language model that writes the rubrics")
-    return config
 
 
 def _new(given):
@@ -297,32 +244,15 @@ def _resumed(given):
     unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
-    different = [key for key in given if key not in MAY_CHANGE and given[key] != saved.get(key)]
-    if different:
-        changes = ", ".join(f"{key} was {saved.get(key)!r}, is {given[key]!r}" for key in different)
-        raise ValueError(f"cannot resume {name} with another config: {changes}")
+    changes = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in given.items()
+               if key not in MAY_CHANGE and value != saved.get(key)]
+    if changes:
+        raise ValueError(f"cannot resume {name} with another config: {', '.join(changes)}")
     return Config(**{**saved, **given, "name": name})
 
 
-def _evaluated(given):
-    """What an evaluation's flags start from: a run's own settings (on other tasks nothing is held out), or the paper's for
-    another model than smollm2."""
-    model = Path(given["model"])
-    if not (model / "tasks.sha256").is_file():
-        start = {} if given["model"] == "smollm2" else paper_preset(given["model"])
-        return {name: start[name] for name in Evaluation.FROM_RUN if name in start and name != "held_out"}
-    saved = _saved(model.absolute().parent, model.name)[1]
-    own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
-    for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
-        was = saved.get(name)
-        if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:
-            raise ValueError(f"{flag(name)} {given[name]}: {model} has split its tasks with {flag(name)} {was}, and was "
-                             "trained on the others (--held-out 0 evaluates on all)")
-    return {name: saved[name] for name in Evaluation.FROM_RUN if name in saved and (own_tasks or name != "held_out")}
-
-
 def _saved(runs, name):
-    """`saved_config`. Raises ValueError for a setting that no flag could have given."""
+    """`saved_config`. Raises ValueError for a setting in it that no flag could have given."""
     name, saved = saved_config(runs, name)
     for field in dataclasses.fields(Config):
         value, choices = saved.get(field.name, field.default), field.metadata["choices"]
@@ -333,43 +263,103 @@ def _saved(runs, name):
     return name, saved
 
 
-def find_judge(config):
-    """Let the environment say who judges, where the flags do not. Raises ValueError for flags that would do nothing."""
-    if config.judge_url and config.judge in ("rules", "self"):
-        raise ValueError(f"--judge {config.judge} asks no server: it goes without --judge-url")
-    if config.judge not in ("rules", "self"):
-        config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
-    if config.judge_url:
-        config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+def parse_evaluation(argv=None):
+    """The Evaluation of evaluation.py's command line."""
+    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked without scaffold.")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
+    parser.add_flags(Evaluation, Evaluation.SHARED)
+    given = parser.given(argv)
+    try:
+        config = Evaluation(**{**_evaluated(given), **given})
+        find_judge(config)
+        config.output = config.output or f"evaluations/{short_name(config.model)}"
+        check(config)
+        if config.temperature == 0 and config.samples > 1:
+            raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
+        if config.embedding and not (Path(config.embedding) / "config.json").is_file():
+            raise ValueError(f"--embedding: no model in {config.embedding}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
 
 
-def check(config):
-    """Raise ValueError, naming the flag, for a value that a setting may not have, or a server that makes no sense."""
-    for field in dataclasses.fields(config):
-        value, (valid, must) = getattr(config, field.name), field.metadata["valid"]
-        if not valid(value):
-            raise ValueError(f"{flag(field.name)} {must}, got {value!r}")
-    for name in ("judge", "proposer", "verifier"):
-        if hasattr(config, f"{name}_url"):
-            config.server(name)
+def _evaluated(given):
+    """What an evaluation's flags start from: the settings of a run (on other tasks nothing is held out), or the paper's for
+    another model than smollm2."""
+    model = given["model"]
+    if not (Path(model) / "tasks.sha256").is_file():
+        return {} if model == "smollm2" else {name: value for name, value in paper_preset(model).items()
+                                              if name in Evaluation.FROM_RUN and name != "held_out"}
+    _, saved = _saved(Path(model).absolute().parent, Path(model).name)
+    own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
+    for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
+        was = saved.get(name)
+        if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:
+            raise ValueError(f"{flag(name)} {given[name]}: {model} has split its tasks with {flag(name)} {was}, and was "
+                             "trained on the others (--held-out 0 evaluates on all)")
+    return {name: saved[name] for name in Evaluation.FROM_RUN if name in saved and (own_tasks or name != "held_out")}
 
 
-def check_training(config):
-    """Raise ValueError, naming the flags, for settings of a training that do not fit each other."""
-    if config.temperature == 0:
-        raise ValueError("--temperature must be above 0: equal samples teach nothing")
-    if config.tis and (config.top_p < 1 or config.top_k > 0):
-        raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
-    if not 0 <= config.full_samples <= config.group_size:
-        raise ValueError(f"--full-samples must be between 0 and --group-size, got {config.full_samples}")
-    if config.batch_size % config.mini_batch_size:
-        raise ValueError(f"--batch-size must be a multiple of --mini-batch-size {config.mini_batch_size}, "
-                         f"got {config.batch_size}")
+def parse_refinement(argv=None):
+    """The Refinement of refine.py's command line."""
+    parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
+    parser.add_argument("tasks", metavar="TASKS", help="as ruscarl.py --tasks, but the rubrics may be missing")
+    parser.add_flags(Refinement, Refinement.SHARED)
+    try:
+        config = Refinement(**parser.given(argv))
+        config.output = config.output or f"refined/{Path(config.tasks).stem}"
+        check(config)
+        if not config.responses:
+            raise ValueError("--responses: give at least one file, such as evaluations/NAME/samples.jsonl")
+        config.server("verifier")
+        if not config.server("proposer"):
+            raise ValueError("--proposer-url: give the server of the language model that writes the rubrics")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
 
 
 def short_name(model):
     """A folder name for a model: the last part of its hub id or path."""
     return model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
+
+
+def find_judge(config):
+    """Take the judge's server from the environment where no flag names one. Raises ValueError for flags without effect."""
+    if config.judge not in ("rules", "self"):
+        config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
+    elif config.judge_url:
+        raise ValueError(f"--judge {config.judge} asks no server: it goes without --judge-url")
+    if config.judge_url:
+        config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
+
+
+def check(config):
+    """Raise ValueError, naming the flag, for a value outside of its range or one that does not fit another."""
+    for field in dataclasses.fields(config):
+        value, (least, above, most) = getattr(config, field.name), field.metadata["range"]
+        if above is not None and not above < value < math.inf:
+            raise ValueError(f"{flag(field.name)} must be above {above} and finite, got {value}")
+        if least is not None and not least <= value < math.inf:
+            raise ValueError(f"{flag(field.name)} must be at least {least} and finite, got {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{flag(field.name)} must be at most {most}, got {value}")
+    if 0 < config.tis < 1:
+        raise ValueError(f"--tis must be at least 1, or 0 for off, got {config.tis}")
+    if config.tis and (config.top_p < 1 or config.top_k > 0):
+        raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
+    if 0 < config.dual_clip <= 1:
+        raise ValueError(f"--dual-clip must be above 1, or 0 for off, got {config.dual_clip}")
+    if config.full_samples > config.group_size:
+        raise ValueError(f"--full-samples must be at most --group-size, got {config.full_samples}")
+    if config.batch_size % config.mini_batch_size:
+        raise ValueError(f"--batch-size must be a multiple of --mini-batch-size {config.mini_batch_size}, "
+                         f"got {config.batch_size}")
+    if "/" in config.name or config.name.startswith("."):
+        raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
+    if not config.model.strip():
+        raise ValueError("--model must not be empty")
+    config.server("judge")
 
 
 def cache_dir():
