@@ -67,8 +67,8 @@ class Config:
     tis: float = setting(0.0, "truncated importance sampling: tokens are weighted by min(trainer's / sampler's probability, "
                          "tis); 2 is usual, 0 is off", least=0)
     check_sync: bool = setting(False, "before training, prove by log-probabilities that the sampler takes over weights")
-    judge: str = setting("auto", "who judges criteria without a rule: the servers of --judge-url (chat) or the policy (self); "
-                         "auto: chat where a server is given", ("auto", "rules", "chat", "self"))
+    judge: str = setting("auto", "who judges criteria without a rule: the servers at --judge-url (chat), or the policy "
+                         "(self); auto: chat where a server is given", ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of the judge's OpenAI-compatible servers, comma-separated (default: "
                              "$RUSCARL_JUDGE_URL); the key is in $OPENAI_API_KEY")
     judge_model: str = setting("", "model at --judge-url (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
