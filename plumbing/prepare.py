@@ -1,8 +1,9 @@
 """From a Config to the parts of a run: tasks, judge, policy, sampler, optimizer. What can be checked early is.
 
-Mistakes of the user's are ValueError or OSError with one line.
+A user's mistake is a ValueError or OSError of one line.
 """
 
+import numpy
 import torch
 from tqdm import tqdm
 
@@ -33,12 +34,12 @@ JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that j
 
 def computing_dtype(config, device):
     """What sampler and update compute in; the master weights are always float32."""
-    if config.dtype == "auto":
-        if device == "cpu":
-            return cpu_dtype()
-        old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # vLLM has no bfloat16 for it
-        return torch.float32 if old else torch.bfloat16
-    return getattr(torch, config.dtype)
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device == "cpu":
+        return cpu_dtype()
+    old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)  # vLLM has no bfloat16 for these
+    return torch.float32 if old else torch.bfloat16
 
 
 def first_unruled(tasks):
@@ -60,7 +61,10 @@ def self_judged(config, tasks):
 
 
 def make_judge(client, tasks, tokenizer, sampler, context):
-    """Rules for what has rules; for the rest the server, or the policy itself, which may read so many tokens."""
+    """Rules for criteria that have rules; for the others the server behind `client`, or where that is None the policy itself.
+
+    context: tokens that the policy may read when it judges.
+    """
     if first_unruled(tasks) is None:
         return Judge()
     if client is not None:
@@ -76,20 +80,25 @@ def make_judge(client, tasks, tokenizer, sampler, context):
 
 
 def drop_long(config, tasks, tokenizer):
-    """Tasks whose question, with the whole rubric shown, fits in max_prompt_tokens; says how many do not."""
-    kept = [task for task in tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())
-            if len(prompt_ids(tokenizer, scaffold_messages(task.messages, task.rubric))) <= config.max_prompt_tokens]
-    if len(kept) < len(tasks):
-        say(f"{len(tasks) - len(kept)} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens "
-            f"{config.max_prompt_tokens} with the scaffold")
-    if not kept:
+    """(tasks whose question with the whole rubric fits in max_prompt_tokens, their lengths); says how many do not fit.
+
+    lengths: int [tasks, 2], tokens of each question without and with the whole scaffold.
+    """
+    lengths = numpy.array([[len(prompt_ids(tokenizer, scaffold_messages(task.messages, shown))) for shown in ((), task.rubric)]
+                           for task in tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())])
+    fits = lengths[:, 1] <= config.max_prompt_tokens
+    if not fits.any():
         raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
-    return kept
+    if not fits.all():
+        say(f"{(~fits).sum()} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens {config.max_prompt_tokens} "
+            "with the scaffold")
+    return [task for task, fit in zip(tasks, fits) if fit], lengths[fits]
 
 
 def check_context(config, model_config):
-    """Tokens that the policy may read when it judges itself: those of the longest prompt, its response and what a judge is
-    told besides. Raises ValueError where the model's context is shorter than the longest prompt with its response.
+    """How many tokens a policy that judges itself may read: the longest prompt, its response, and what a judge is told.
+
+    Raises ValueError where the model's context is shorter than the longest prompt with its response.
     """
     context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
     longest = config.max_prompt_tokens + config.max_new_tokens
@@ -100,30 +109,30 @@ def check_context(config, model_config):
 
 
 def choose_device(config):
-    """"cpu" or "cuda"."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+    """"cpu" or "cuda". With --gpu-gb there is a GPU to plan for."""
+    gpu = torch.cuda.is_available() or config.gpu_gb > 0
+    if config.device == "cuda" and not gpu:
         raise ValueError("--device cuda: no CUDA device is available to torch")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if gpu and config.device != "cpu" else "cpu"
     if device == "cpu" and config.offload == "yes":
         raise ValueError("--offload yes: there is no GPU, the policy is in the host's memory already")
     return device
 
 
 def choose_sampler(config, device):
-    """(whether vLLM samples, why): where it runs it does; --sampler insists on one or the other."""
+    """(whether vLLM samples, why). It does where it runs, and on the GPU of --gpu-gb; --sampler insists on one or the other."""
     if config.sampler == "transformers":
         return False, "--sampler transformers"
-    obstacle = vllm_obstacle(device)
+    obstacle = None if config.gpu_gb else vllm_obstacle(device)
     if obstacle and config.sampler == "vllm":
         raise ValueError(f"--sampler vllm: {obstacle}")
     return not obstacle, obstacle or f"it is installed and runs on {device}"
 
 
 def make_sampler(config, policy, tokenizer, **limits):
-    """The sampler, announced; `sync` gives it the weights. On a CPU with --sampler auto, transformers takes over where vLLM
-    refuses the model.
+    """The sampler, announced; `sync` gives it the weights. limits: max_model_len, max_num_seqs, gpu_memory of VLLMSampler.
 
-    limits: max_model_len, max_num_seqs, gpu_memory of VLLMSampler, by name.
+    On a CPU with --sampler auto, transformers samples where vLLM refuses the model.
     """
     device, stops = choose_device(config), stop_ids(policy, tokenizer)
     dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
@@ -140,13 +149,6 @@ def make_sampler(config, policy, tokenizer, **limits):
             why = str(error)
     say(f"sampler: transformers in {precision} ({why})")
     return TransformersSampler(policy, stops, dtype, device=device)
-
-
-def longest_prompts(config, tasks, tokenizer):
-    """(tokens of the longest prompt in the update, and while sampling)."""
-    plain, shown = (max(len(prompt_ids(tokenizer, scaffold_messages(task.messages, rubric_of(task)))) for task in tasks)
-                    for rubric_of in (lambda task: (), lambda task: task.rubric))
-    return shown if config.ratio == "scaffolded" else plain, shown
 
 
 def set_up(config):
@@ -169,8 +171,9 @@ def set_up(config):
         raise ValueError("machines differ in whether vllm runs, or in their precision: give --sampler and --dtype")
     model_config, tokenizer = load_config(config.model)
     context = check_context(config, model_config)
-    tasks, held_out = split_tasks(drop_long(config, tasks, tokenizer), config.held_out)
-    offload, gpu_memory = gpu_layout(config, model_config, device, longest_prompts(config, tasks + held_out, tokenizer))
+    tasks, lengths = drop_long(config, tasks, tokenizer)
+    tasks, held_out = split_tasks(tasks, config.held_out)
+    offload, gpu_memory = gpu_layout(config, model_config, device, vllm, dtype, lengths)
     itself = self_judged(config, tasks + held_out)  # what a judge reads is longer than what it judges
     limits = {"max_model_len": context if itself else config.max_prompt_tokens + config.max_new_tokens,
               "gpu_memory": gpu_memory, **({} if itself else {"max_num_seqs": memory.samples_at_once(config)})}
@@ -198,12 +201,11 @@ def set_up(config):
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
 
 
-def gpu_layout(config, model_config, device, lengths):
+def gpu_layout(config, model_config, device, vllm, dtype, lengths):
     """(whether the host holds master weights, gradients and optimizer; the share of the GPU's memory that vLLM may take)."""
     if device != "cuda":
         return False, 0.0
-    vllm = choose_sampler(config, device)[0]
-    offload, parts = memory.needs(config, model_config, device, vllm, computing_dtype(config, device), *lengths)
+    offload, parts = memory.needs(config, model_config, device, vllm, dtype, lengths.max(axis=0).tolist())
     if offload := max(ranks.gather(offload)):  # GPUs may differ
         say("offload: master weights, gradients and optimizer state stay in the host's memory")
     return offload, memory.vllm_share(config, parts) if vllm else 0.0

@@ -83,7 +83,7 @@ def test_vllm_as_its_own_judge_with_filtered_samples(tiny, tmp_path):
                                 "--top-k", "20", "--steps", "2", "--name", "self")
     assert status == 0, err
     rows = read(tmp_path / "runs" / "self" / "metrics.jsonl")
-    assert all(row["judge/unknown"] == 0 and row["gap/max"] < 1e-3 for row in rows[:-1])
+    assert all(row["judge/unknown"] == 0 and "gap/max" not in row for row in rows[:-1])  # no gap where samples are filtered
 
 
 def without_times(rows):

@@ -35,7 +35,6 @@ from plumbing.runs import Run
 from sampler import TransformersSampler
 from tasks import load_tasks, split_tasks
 
-
 PART = r"^os\.rename \S*part "  # a checkpoint is written, and gets its name
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from conftest import PATIENCE, RUN, TORCHRUN, Ranks, Terminal, command, needs_vllm, read, refused, rows, shows
 from two_ranks import CASES, gradients
 
+
 def same(ours, theirs):
     """Whether two runs have the same rows up to rounding."""
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]

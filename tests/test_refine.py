@@ -1,4 +1,4 @@
-"""Refinement of rubrics: every decision by hand, and the command line with rules and with a language model that fails."""
+"""Refinement of rubrics: every decision by hand, and the command line with a language model that fails."""
 
 import json
 import random
@@ -11,20 +11,15 @@ import time
 import pytest
 
 import refine
-from conftest import ROOT, RUN, command, completion, read, refused
+import ruscarl
+from conftest import ROOT, command, completion, read, refused
 from plumbing.chat import ChatClient, ChatError
 from refine import Decisions, best_two, read_responses, refine_task, reversed_share
 from tasks import Criterion, Task, load_tasks
-from tools.proposer import (
-    ChatProposer,
-    RuleProposer,
-    Verifier,
-    parse_rubric,
-    parse_verdicts,
-    refine_messages,
-    rule_library,
-    verify_messages,
-)
+from tools.proposer import ChatProposer, Verifier, parse_rubric, parse_verdicts, refine_messages, verify_messages
+
+sys.path.append(str(ROOT / "bench"))
+from rule_proposer import RuleProposer, rule_library
 
 REFINE = "refine.py"
 TASK = Task("t", [{"role": "user", "content": "Q?"}], ())
@@ -336,13 +331,13 @@ def test_what_is_kept_is_checked_and_counted_on(tmp_path):
     Decisions(tmp_path, {"proposer": Client()}).usage()
     assert json.loads(usage.read_text()) == {"proposer": {"calls": 4, "seconds": 1.0},
                                              "verifier": {"calls": 2, "seconds": 0.5}}
-    for text in ("{", "[]", '{"proposer": 1}'):
+    for text, what in (("{", "unreadable"), ("[]", "must be a JSON object")):
         usage.write_text(text)
-        with pytest.raises(ValueError, match=r"usage\.json: unreadable"):
+        with pytest.raises(ValueError, match=rf"usage\.json: {what}"):
             Decisions(tmp_path, {})
     usage.unlink()
-    write_lines(tmp_path / "progress.jsonl", [{"prompt_id": "t", "rubric": [], "begun_with": [], "rounds": 4}])
-    with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: rounds: "):
+    write_lines(tmp_path / "progress.jsonl", [{"prompt_id": "t", "rubric": [], "begun_with": []}])
+    with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: 'rounds'"):
         Decisions(tmp_path, {})
 
 
@@ -386,65 +381,62 @@ def test_killed_and_continued(server, tmp_path):
     assert len(repeated) == 12 - done and len(load_tasks(out / "tasks.jsonl")) == 12
 
 
-def test_first_aid_by_rules_into_training(model_folder, tmp_path):
-    out, ids = tmp_path / "out", [task.id for task in load_tasks("first_aid", 10)]
+def test_first_aid_into_training(server, model_folder, tmp_path, here):
+    model, out, ids = Model(), tmp_path / "out", [task.id for task in load_tasks("first_aid", 6)]
     texts = write_lines(tmp_path / "texts.jsonl", [
-        {"prompt_id": identity, "responses": ["Take care.", "See a doctor. Take care.", "Rest. Drink water. See a doctor.",
-                                              "Rest and drink water.", "I am sorry to hear that. Is there a fever?"]}
+        {"prompt_id": identity, "responses": ["Rest.", "Rest and more.", "Drink water.", "Drink water and more."]}
         for identity in ids])
-    status, text, err, _ = command(REFINE, "first_aid", "--limit", "10", "--proposer", "rules", "--responses", texts,
-                                   "--output", out)
-    assert status == 0, err
+    model.fails = False
+
+    def answers(body, number):
+        if "against one criterion" in body["messages"][0]["content"]:  # the judge of the training
+            return completion(json.dumps({"explanation": "", "criteria_met": number % 2 == 0}))
+        return model(body, number)
+
+    server.answers = answers
+    status, text = here(refine, "first_aid", "--limit", "6", "--responses", texts, "--proposer-url", server.url,
+                        "--output", out)
+    assert status == 0, text
     assert [task.id for task in load_tasks(out / "tasks.jsonl")] == ids
     kept = [entry for record in read(out / "progress.jsonl") for entry in record["rounds"] if entry["kept"]]
-    assert kept and "10 rubrics" in text
-    status, _, err, _ = command(RUN, "--tasks", out / "tasks.jsonl", "--model", model_folder, "--preset", "laptop",
-                                "--steps", "1", "--held-out", "2", "--group-size", "2", "--batch-size", "2",
-                                "--mini-batch-size", "2", "--max-new-tokens", "8", "--max-prompt-tokens", "1000",
-                                "--runs", tmp_path / "runs", "--sampler", "transformers")
-    assert status == 0, err
+    assert kept and "6 rubrics: 1.0 criteria at first" in text
+    status, text = here(ruscarl, "--tasks", out / "tasks.jsonl", "--model", model_folder, "--preset", "laptop",
+                        "--steps", "1", "--held-out", "2", "--group-size", "2", "--batch-size", "2",
+                        "--mini-batch-size", "2", "--max-new-tokens", "8", "--max-prompt-tokens", "1000",
+                        "--runs", tmp_path / "runs", "--sampler", "transformers", "--judge-url", server.url)
+    assert status == 0, text
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     prompts, texts = write_prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "texts.jsonl"
-    chat, rules = ["--responses", texts, "--proposer-url"], ["--responses", texts, "--proposer", "rules"]
+    chat, nobody = ["--responses", texts, "--proposer-url"], ["--proposer-url", "http://127.0.0.1:9/v1"]
+    first_aid = ["first_aid", "--responses", texts, *nobody]
     good = '{"prompt_id": "0", "responses": ["a", "b"]}\n{"task": "1", "text": "a"}\n{"task": "1", "text": "b"}'
     for number, (flags, content, message) in enumerate([
-        ([prompts, "--proposer", "rules"], "", "--responses"), ([prompts, "--responses", texts], "", "--proposer-url"),
-        (["first_aid", *rules, "--rounds", "-1"], "", "--rounds"), ([prompts, *rules], good, "rubrics: missing"),
-        ([prompts, *chat, "http://127.0.0.1:9/v1", "--start", "own"], good, "rubrics: missing"),
+        ([prompts, *nobody], "", "--responses"), ([prompts, "--responses", texts], "", "--proposer-url: give the server"),
+        ([prompts, "--responses", texts, "--proposer-model", "m"], "", "--proposer-model needs --proposer-url"),
+        ([*first_aid, "--rounds", "-1"], "", "--rounds"), ([*first_aid, "--max-reversed", "2"], "", "--max-reversed"),
+        ([prompts, "--responses", texts, *nobody, "--start", "own"], good, "rubrics: missing"),
         ([prompts, *chat, "ftp://x"], "", "--proposer-url"),
-        ([prompts, *chat, "http://127.0.0.1:9/v1"], good, "--proposer-url: no server answers"),
+        ([prompts, "--responses", texts, *nobody], good, "--proposer-url: no server answers"),
         ([prompts, *chat, "http://x", "--verifier-model", "m"], "", "--verifier-url"),
         ([prompts, *chat, "http://x", "--proposer-extra", "["], "", "--proposer-extra"),
-        (["first_aid", *rules, "--max-reversed", "2"], "", "--max-reversed"),
-        (["first_aid", *rules, "--proposer-url", "http://x"], "", "--proposer-url"),
-        (["first_aid", *rules, "--verifier-extra", "{}"], "", "--verifier-url"),
-        (["first_aid", *rules, "--verifier-url", "http://x"], "", "--verifier-url"),
-        (["nosuch.jsonl", *rules], "", "no such task file"),
-        (["first_aid", *rules], '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
-        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
-        (["first_aid", *rules], '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
-        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": [1]}', "line 1: responses"),
-        (["first_aid", *rules], '{"task": "first_aid-01"}', "line 1: text"),
-        (["first_aid", *rules], "{", "line 1: unreadable JSON"),
-        (["first_aid", *rules], '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
-        (["first_aid", "--responses", tmp_path / "nosuch", *rules[2:]], "", f"{tmp_path}/nosuch"),
-        (["first_aid", "--responses", tmp_path, *rules[2:]], "", str(tmp_path)),
+        ([*first_aid, "--verifier-extra", "{}"], "", "--verifier-url"),
+        (["nosuch.jsonl", *first_aid[1:]], "", "no such task file"),
+        (first_aid, '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
+        (first_aid, '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
+        (first_aid, '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
+        (first_aid, '{"prompt_id": "first_aid-01", "responses": [1]}', "line 1: responses"),
+        (first_aid, '{"task": "first_aid-01"}', "line 1: text"), (first_aid, "{", "line 1: unreadable JSON"),
+        (first_aid, '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
+        (["first_aid", "--responses", tmp_path / "nosuch", *nobody], "", f"{tmp_path}/nosuch"),
+        (["first_aid", "--responses", tmp_path, *nobody], "", str(tmp_path)),
     ]):
         texts.write_text(content)
         assert message in refused(refine, capsys, *flags, "--output", tmp_path / str(number)), flags
     texts.write_text(good)
-    status, out, err, _ = command(REFINE, prompts, *rules)  # all that there is to see
-    assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-
-
-def test_a_criterion_that_nobody_can_check_is_an_error(tmp_path, capsys):
-    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt_id": "0", "prompt": [{"role": "user", "content": "Q?"}],
-                                                    "rubrics": [{"criterion": "Is kind.", "points": 1}]}])
-    texts = write_lines(tmp_path / "texts.jsonl", [sample("0", "a"), sample("0", "b")])
-    assert "give --verifier-url" in refused(refine, capsys, tasks, "--responses", texts, "--proposer", "rules", "--start",
-                                            "own", "--output", tmp_path / "out")
+    status, out, err, _ = command(REFINE, prompts, "--responses", texts, *nobody, "--start", "own")
+    assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err  # all that there is to see
 
 
 def test_help_is_quick():

@@ -70,7 +70,9 @@ def test_code_that_comes_with_a_model_is_never_run(model_folder, monkeypatch):
     assert not Path("touched").exists()
 
 
-def test_task_files_are_data(model_folder, tmp_path, here):
+def test_task_files_are_data(model_folder, tmp_path, server, here):
+    written = {"better": "A", "1": True, "criteria": [{"criterion": "Is kind.", "weight": 1}]}
+    server.answers = lambda body, n: completion(json.dumps(written))
     rule, red = ["verifier:rule", "function:regex", 'parameters:{"pattern": "[a-m]"}'], "\x1b[31m."
     records = [{"prompt_id": "".join(filter(str.isprintable, text)), "prompt": [{"role": "user", "content": text + red}],
                 "rubrics": [{"criterion": said, "points": 1, "tags": [text, *rule]} for said in (text, red)],
@@ -80,8 +82,8 @@ def test_task_files_are_data(model_folder, tmp_path, here):
     side_by_side(f"left {red}", f"right {HOSTILE[5]}\x7f\rover")  # a model can write anything, too
     for module, *flags in ((ruscarl, "--model", model_folder, "--tasks", tasks, *TRAINING),
                            (evaluation, model_folder, "--tasks", tasks, "--output", "out/evaluated", *SAMPLING),
-                           (refine, tasks, "--responses", "out/evaluated/samples.jsonl", "--proposer", "rules", "--output",
-                            "out/refined")):
+                           (refine, tasks, "--responses", "out/evaluated/samples.jsonl", "--proposer-url", server.url,
+                            "--start", "own", "--always", "--rounds", "1", "--output", "out/refined")):
         status, text = here(module, *flags)
         assert status == 0, text
         shown += text
@@ -171,7 +173,7 @@ def test_keys_stay_out_of_what_is_kept_or_shown(model_folder, monkeypatch, serve
     (ruscarl, "OPENAI", "--judge-url http://a/v1,URL"), (ruscarl, "OPENAI", "--judge chat"),
     (evaluation, "OPENAI", "smollm2 --judge-url http://a/v1,URL"), (evaluation, "OPENAI", "smollm2 --judge chat"),
     (refine, "PROPOSER", "first_aid --responses x --proposer-url URL"),
-    (refine, "VERIFIER", "x --responses x --proposer rules --start own --verifier-url URL")])
+    (refine, "VERIFIER", "x --responses x --proposer-url http://a/v1 --verifier-url URL")])
 def test_a_key_inside_a_url_is_refused(here, monkeypatch, module, variable, flags, url):
     monkeypatch.setenv("RUSCARL_JUDGE_URL", url if "URL" not in flags else "")
     status, text = here(module, *flags.replace("URL", url).split())

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+import vllm_sampler
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm_sampler import CPU_BLOCK, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
 import grpo
-import vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
 from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from sampler import SamplingParams, TransformersSampler, filtered_logprobs
-from vllm_sampler import CPU_BLOCK, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
 pytestmark = needs_vllm
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]

@@ -7,7 +7,6 @@ A proposer has two functions; both raise ChatError where no usable rubric came:
 """
 
 import json
-from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -39,12 +38,6 @@ def ask(system, material):
     """Chat messages: a system prompt, then {name: value} as JSON, whose escapes keep material from posing as a turn."""
     parts = [f"{name}, as JSON:\n{json.dumps(value, ensure_ascii=False)}" for name, value in material.items()]
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
-
-
-def propose_messages(messages):
-    """What a language model is asked for the first rubric of a conversation."""
-    return ask("You write rubrics by which answers to a conversation are compared.\n" + HOW_TO_WRITE
-               + "Write 6 to 12 criteria. " + AS_JSON % "", {"Conversation": messages})
 
 
 def refine_messages(messages, rubric, texts, verdicts):
@@ -110,7 +103,9 @@ class ChatProposer:
 
     def propose(self, task):
         """See the module's docstring."""
-        return self.client.complete(propose_messages(task.messages), parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
+        messages = ask("You write rubrics by which answers to a conversation are compared.\n" + HOW_TO_WRITE
+                       + "Write 6 to 12 criteria. " + AS_JSON % "", {"Conversation": task.messages})
+        return self.client.complete(messages, parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
 
     def refine(self, task, rubric, texts, verdicts):
         """A criterion of `rubric` that comes back keeps its tags, and points that are no weight, such as a penalty's."""
@@ -122,60 +117,20 @@ class ChatProposer:
         return tuple(replace(c, points=points) if c.points in WEIGHTS else c for c, points in kept), better
 
 
-class RuleProposer:
-    """Picks criteria with rules, for experiments without a language model. library: function task -> tuple of Criterion.
-
-    A rubric begins with the first `begin` criteria of positive points; a refinement adds the `most` weightiest that exactly
-    one of the two responses meets, and does not say which is better.
-    """
-
-    def __init__(self, library, begin=2, most=2):
-        self.library, self.begin, self.most = library, begin, most
-
-    def propose(self, task):
-        """See the module's docstring."""
-        rubric = tuple(c for c in self.library(task) if c.points > 0)[: self.begin]
-        if not rubric:
-            raise ChatError("the library has no criterion of positive points for it")
-        return rubric
-
-    def refine(self, task, rubric, texts, verdicts):
-        """The rubric is unchanged where no criterion of the library separates the two responses."""
-        there = {(c.text, c.tags) for c in rubric}
-        separating = [c for c in self.library(task) if (c.text, c.tags) not in there
-                      and {rule_from_tags(c.tags)(text) for text in texts} == {True, False}]
-        return (*rubric, *sorted(separating, key=lambda c: -abs(c.points))[: self.most]), None
-
-
-def rule_library(tasks):
-    """Function task -> the criteria for it that have rules: its own, then those that at least two of `tasks` share."""
-    owners = Counter(key for task in tasks for key in {(c.text, c.tags) for c in task.rubric})
-    shared = [c for task in tasks for c in task.rubric if owners[c.text, c.tags] > 1]
-
-    def library(task):
-        found = {}
-        for c in (*task.rubric, *shared):
-            if rule_from_tags(c.tags) is not None:
-                found.setdefault((c.text, c.tags), c)
-        return tuple(found.values())
-
-    return library
-
-
 class Verifier:
-    """Checks criteria with rules by code, all others of a response in one call to a model: client, a ChatClient or None."""
+    """Checks criteria with rules by code, all others of a response in one call to a model: client, a ChatClient.
+
+    Without a client, `verify` raises ValueError for a criterion without a rule.
+    """
 
     def __init__(self, client=None):
         self.client, self.rules = client, Judge()
 
     def verify(self, task, rubric, texts):
-        """[texts][criteria]: True, False, or None for an unknown verdict. Blocks; safe from many threads.
-        Raises ValueError for a criterion without a rule where there is no client."""
-        asked = [c for c in rubric if rule_from_tags(c.tags) is None]
-        if asked and self.client is None:
-            raise ValueError(f"task {task.id}: no rule for {asked[0].text!r}: give --verifier-url")
+        """[texts][criteria]: True, False, or None for an unknown verdict. Blocks; safe from many threads."""
+        asked = [c for c in rubric if self.client and rule_from_tags(c.tags) is None]
         ruled = tuple(c for c in rubric if c not in asked)
-        by_rule = [self.rules.submit(replace(task, rubric=ruled), text) for text in texts]
+        by_rule = [iter(self.rules.submit(replace(task, rubric=ruled), text)) for text in texts]
         by_model = [[None] * len(asked) for _ in texts]  # filled by the calls
         numbers = {str(i): {"type": "boolean"} for i in range(1, len(asked) + 1)}
         schema = {"type": "object", "properties": numbers, "required": list(numbers), "additionalProperties": False}
@@ -185,6 +140,5 @@ class Verifier:
         for call in calls:
             with suppress(ChatError):  # what did not come stays None
                 call.result()
-        known = [dict(zip((*ruled, *asked), [*(verdict.result() for verdict in settled), *answered]))
-                 for settled, answered in zip(by_rule, by_model)]
-        return [[verdicts[c] for c in rubric] for verdicts in known]
+        return [[next(answered) if c in asked else next(settled).result() for c in rubric]
+                for settled, answered in zip(by_rule, map(iter, by_model))]
