@@ -66,8 +66,8 @@ class Server:
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
-        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense, and for a key
-        in a URL: settings are written to files and shown."""
+        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense, and for a
+        password or a query in a URL: settings are written to files and shown."""
         server = cls(name, urls, model, extra)
         if not urls:
             if model or extra:
@@ -285,12 +285,12 @@ class ChatClient:
                 "max_tokens": self.max_tokens, **self.extra}
         structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
-        for tried, extra in enumerate(formats):
+        for extra in formats:
             answer = self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
                                               timeout=self.timeout)
             if answer.status_code not in (400, 422):  # perhaps it is response_format that is refused: try without
                 break
-        if tried and answer.status_code == 200:
+        if schema is not None and not extra and answer.status_code == 200:
             self.structured = False
         return answer
 
