@@ -138,7 +138,7 @@ class Starter:
         if not self.servers:
             self.servers.append(ForkServer(PRELOADED, {
                 **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))
-        modules = ["vllm_preloaded"] if "vllm" in args else []
+        modules = ["vllm_server"] if {"vllm", "tests/vllm_server.py"} & set(args) else []
         return self.servers[0].start(args, env, stdout, stderr, modules, **limits)
 
 

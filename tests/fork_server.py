@@ -175,7 +175,7 @@ def signal_when(number, pattern, pid=None):
 
 
 if __name__ == "__main__":
-    sys.path.insert(1, str(ROOT))
+    sys.path.insert(1, str(ROOT))  # stays, for scripts in other folders
     load(sys.argv[2:])
     tqdm.set_lock(threading.RLock())  # its own is shared by all processes, and stays locked where a kill falls into a write
     REQUEST = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -183,7 +183,7 @@ if __name__ == "__main__":
     os.environ.update(REQUEST["environment"])
     sys.argv = REQUEST["arguments"]
     sys.path[0] = str((ROOT / sys.argv[0]).parent)
-    sys.path[1:2] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[2:2] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     if size := REQUEST["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     if REQUEST["signalled"]:

@@ -1,33 +1,37 @@
-"""A real judge server: vLLM's OpenAI server on 127.0.0.1 with SmolLM2, driven, overloaded, killed and restarted.
+"""A real judge server: vLLM's OpenAI server on 127.0.0.1, driven, overloaded, killed and restarted.
 
-The quality of its verdicts is not the point.
+It serves the tiny model of random weights: what it says is not the point, nor how fast.
 """
 
+import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, wait
 
 import pytest
 import requests
 
-from conftest import ROOT, RUN, command, needs_vllm, read, write_tasks
+from conftest import PATIENCE, RUN, THREADS, command, needs_vllm, read, start, tiny_model, tiny_tokenizer, write_tasks
 from judge import VERDICT_SCHEMA, ChatJudge, Judge, judge_messages, parse_verdict, score
 from plumbing.chat import ChatClient, ChatError
-from plumbing.policy import default_model_folder
 from tasks import Criterion, Task
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm server")]
 QUESTION = [{"role": "user", "content": "I have a cold."}]
 CRITERIA = tuple(Criterion(f"Says {word}.", points) for word, points in
                  (("to rest", 3), ("to drink water", 2), ("something rude", -4), ("to see a doctor", 1)))
+# Fields of a request by which random weights give a short answer: of what the schema allows they close a string at once.
+BRIEF = {"logit_bias": {tiny_tokenizer().convert_tokens_to_ids(token): bias
+                        for token, bias in (('"', 100), ("{", 50), ("}", 50), (":", 50), (",", 50), ("f", 50))}}
 
 
 class VLLMServer:
     """One server process on a port of its own."""
 
-    def __init__(self):
+    def __init__(self, model_folder):
+        self.model_folder = model_folder
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -35,17 +39,17 @@ class VLLMServer:
 
     def start(self):
         """Start it; it may take a minute until `wait` returns."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", default_model_folder(),
-             "--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "smollm2", "--dtype", "bfloat16",
-             "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager", "--kv-cache-memory-bytes", "256M"],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"})
+        with open(os.devnull, "w") as nowhere:
+            self.process = start(
+                "tests/vllm_server.py", "--model", self.model_folder, "--host", "127.0.0.1", "--port", self.port,
+                "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "16",
+                "--enforce-eager", "--kv-cache-memory-bytes", "128M", stdout=nowhere.fileno(), stderr=nowhere.fileno(),
+                env={"OMP_NUM_THREADS": THREADS, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"})
         return self
 
     def wait(self):
         """Block until it answers."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "the server ended"
             try:
@@ -53,24 +57,33 @@ class VLLMServer:
                     return self
             except requests.RequestException:
                 time.sleep(0.5)
-        raise TimeoutError("no answer in 240 s")
+        raise TimeoutError("no answer")
+
+    def signal(self, number):
+        """Signal the server and what it has started."""
+        os.killpg(self.process.pid, number)
 
     def kill(self):
-        """SIGKILL to the server and what it has started."""
-        os.killpg(self.process.pid, 9)
+        """SIGKILL to all of it."""
+        self.signal(signal.SIGKILL)
         self.process.wait()
 
 
 @pytest.fixture(scope="module")
-def served():
+def served(tmp_path_factory):
     """A server that is up."""
-    server = VLLMServer().start().wait()
+    folder, model = tmp_path_factory.mktemp("served"), tiny_model()
+    model.config.max_position_embeddings = 4096  # the tiny tokenizer makes a token of every letter
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    server = VLLMServer(folder).start().wait()
     yield server
     server.kill()
 
 
 def client(*servers, **options):
-    return ChatClient([server.url for server in servers], "smollm2", **{"max_tokens": 300, "retries": 2, **options})
+    return ChatClient([server.url for server in servers], "tiny", **{
+        "max_tokens": 300, "retries": 2, "timeout": PATIENCE, "patience": PATIENCE, "extra": BRIEF, **options})
 
 
 def ask(c, n):
@@ -90,20 +103,30 @@ def test_structured_output_gives_a_verdict_every_time(served):
     judge.close()
 
 
+def until_stopped_in_the_middle(server, c):
+    """Futures of long answers, some of which are there, when the server has been stopped (SIGSTOP)."""
+    while True:
+        futures = [c.submit([{"role": "user", "content": f"Write {i} lines."}]) for i in range(24)]
+        wait(futures, return_when=FIRST_COMPLETED)
+        server.signal(signal.SIGSTOP)
+        if not all(future.done() for future in futures):
+            return futures
+        server.signal(signal.SIGCONT)  # this machine was too busy to look in time
+
+
 def test_requests_run_at_the_same_time(served):
-    c = client(served)
-    ask(c, 1)[0].result()
-    futures = ask(c, 16)
+    c = client(served, max_tokens=1000, extra={"ignore_eos": True}, cut_off_is_an_answer=True)
+    futures = [c.submit(QUESTION) for _ in range(16)]
     running = 0
     while not all(future.done() for future in futures):
-        metrics = requests.get(f"http://127.0.0.1:{served.port}/metrics", timeout=10).text
+        metrics = requests.get(f"http://127.0.0.1:{served.port}/metrics", timeout=PATIENCE).text
         running = max([running, *(float(line.split()[-1]) for line in metrics.splitlines()
                                   if line.startswith("vllm:num_requests_running"))])
     assert running > 4 and c.counts["failures"] == 0
 
 
 def test_a_wrong_model_name_and_a_too_long_prompt_are_final(served):
-    with pytest.raises(ValueError, match="does not serve 'qwen'; it serves smollm2"):
+    with pytest.raises(ValueError, match="does not serve 'qwen'; it serves tiny"):
         ChatClient([served.url], "qwen").check()
     c = ChatClient([served.url], "qwen")
     with pytest.raises(ChatError, match=r"HTTP 404: .*qwen"):
@@ -124,30 +147,17 @@ def test_a_run_judged_by_it(served, model_folder, tmp_path):
         RUN, "--model", model_folder, "--tasks", tasks, "--runs", tmp_path, "--name", "judged", "--preset", "laptop",
         "--sampler", "vllm", "--steps", "1", "--group-size", "2", "--batch-size", "2", "--mini-batch-size", "2",
         "--max-new-tokens", "8", "--max-prompt-tokens", "1000", "--held-out", "2", "--eval-samples", "1",
-        "--judge-url", served.url, timeout=400)
+        "--judge-url", served.url, "--judge-extra", json.dumps(BRIEF))
     assert status == 0, err
     row = read(tmp_path / "judged" / "metrics.jsonl")[0]
-    assert row["judge/unknown"] == 0 and row["judge/seconds_per_call"] > 0.05 and "reward/mean" in row
-
-
-def test_of_two_servers_one_may_die(served):
-    second = VLLMServer().start().wait()
-    c = client(served, second)
-    c.check()
-    futures = ask(c, 24)
-    time.sleep(1)
-    assert not all(future.done() for future in futures)
-    second.kill()
-    assert all(isinstance(future.result(), bool) for future in futures)
-    assert c.counts["failures"] == 0 and c.counts["tries"] > c.counts["calls"]
+    assert row["judge/unknown"] == 0 and row["judge/seconds_per_call"] > 0 and "reward/mean" in row
 
 
 def test_a_server_killed_in_the_middle_and_restarted_loses_nothing(served):
-    c = client(served, retries=0)  # waiting for it is not counted as a retry
-    futures = ask(c, 24)
-    time.sleep(1)
-    assert not all(future.done() for future in futures)
+    # waiting for a server that is down is not counted as a retry
+    c = client(served, max_tokens=500, concurrency=12, retries=0, extra={"ignore_eos": True}, cut_off_is_an_answer=True)
+    futures = until_stopped_in_the_middle(served, c)
     served.kill()
     served.start()
-    assert all(isinstance(future.result(), bool) for future in futures)
-    assert c.counts["failures"] == 0
+    assert all(isinstance(future.result(), str) for future in futures)
+    assert c.counts["failures"] == 0 and c.counts["tries"] > c.counts["calls"]
