@@ -2,12 +2,12 @@
 
 A rubric is a checklist: criteria with points, negative points for what a response should not do. Sources:
 
-    first_aid             80 everyday health questions that come with this project; their criteria have rules
+    first_aid             bundled, 80 everyday health questions whose criteria code can check
     healthbench           OpenAI's HealthBench, downloaded once and kept in the cache
     some/file.jsonl       HealthBench's record format: prompt, prompt_id, rubrics [{criterion, points, tags}], example_tags
     some/file.parquet     the official RuscaRL (verl) format: prompt, reward_model.rubrics
 
-Every defect of a file is an error that names file, line (row) and field. No record is left out silently.
+A defect of a file is a ValueError that names file, line (row) and field; no record is dropped silently.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Task:
-    """A conversation that ends with the user's turn, and the rubric by which a response to it is judged."""
+    """A conversation that ends with the user's turn, and the rubric its answer is judged by."""
 
     id: str
     messages: list  # [{"role": "system" | "user" | "assistant", "content": str}]
@@ -45,40 +45,34 @@ class Task:
 
 
 def load_tasks(source, limit=None, need_rubrics=True):
-    """Tasks of `source` (see the module's docstring), the first `limit` of them: a list of Task.
+    """The first `limit` tasks of `source` (see the module's docstring). need_rubrics: whether a record must have rubrics.
 
-    need_rubrics: whether a record without rubrics is an error, or a task with an empty rubric. Raises ValueError for a
-    defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench cannot be downloaded.
+    Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError for a failed download.
     """
-    source = str(source)
-    if source == "healthbench":
-        path = _download_healthbench()
-    elif (BUNDLED / f"{source}.jsonl").is_file():
-        path = BUNDLED / f"{source}.jsonl"
-    else:
+    path = _download_healthbench() if source == "healthbench" else BUNDLED / f"{source}.jsonl"
+    if not path.is_file():
         path = Path(source)
         if path.suffix.lower() not in (".jsonl", ".parquet"):
             bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
-            raise ValueError(f"unknown tasks {source!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
+            raise ValueError(f"unknown tasks {str(source)!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
         if not path.is_file():
             raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
     records = _read_parquet(path) if path.suffix.lower() == ".parquet" else read_jsonl(path)
     tasks, seen = [], {}
     for place, record in itertools.islice(records, limit):
-        task = _parse_task(record, place, need_rubrics)
+        tasks.append(task := _parse_task(record, place, need_rubrics))
         if task.id in seen:
             raise ValueError(f"{place}: prompt_id: {task.id!r} was already used at {seen[task.id]}")
         seen[task.id] = place
-        tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
     return tasks
 
 
 def split_tasks(tasks, held_out):
-    """(tasks to train on, held-out tasks): `held_out` is the number of the latter, chosen by a hash of their ids alone.
+    """(train, held out): the `held_out` tasks whose hashed ids come first, whatever their order in the file.
 
-    Raises ValueError where none would be left to train on.
+    Raises ValueError when nothing would be left to train on.
     """
     if held_out >= len(tasks):
         raise ValueError(f"cannot hold out {held_out} of {len(tasks)} tasks and train on the rest: lower --held-out")
@@ -88,7 +82,7 @@ def split_tasks(tasks, held_out):
 
 
 def digest(tasks):
-    """SHA-256 of `tasks`, in hexadecimal: by it a run or an evaluation knows whether its tasks have changed."""
+    """SHA-256 of tasks: what a run or an evaluation was made with."""
     return hashlib.sha256(repr(tasks).encode()).hexdigest()
 
 
@@ -114,30 +108,23 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
 
 
 def read_jsonl(path):
-    """Yield (place, record) for every line that is not blank. Raises ValueError, with the place, for other than JSON."""
+    """(place, record) of every line that is not blank. Raises ValueError with file and line for what is not JSON."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    record = json.loads(text, object_pairs_hook=unique_keys)
-                    json.dumps(record, ensure_ascii=False).encode()
-                    yield place, record
-            except UnicodeDecodeError:
-                raise ValueError(f"{place}: not UTF-8 text") from None
-            except UnicodeEncodeError as error:
-                near = shown(error.object[max(0, error.start - 20) : error.end])
-                raise ValueError(f"{place}: half of a surrogate pair is not text: {near}") from None
-            except json.JSONDecodeError as error:
-                why = f"{error.msg} at column {error.colno}"
-                if error.pos >= len(text.rstrip()):
-                    why = "it ends too early; a record has to be on one line"
-                raise ValueError(f"{place}: unreadable JSON: {why}") from None
-            except RecursionError:
-                raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
-            except ValueError as error:  # a key that stands twice, a number of thousands of digits
-                raise ValueError(f"{place}: unreadable JSON: {error}") from None
+                record = json.loads(text, object_pairs_hook=unique_keys) if text.strip() else None
+            except (ValueError, RecursionError) as error:  # a key that stands twice is a ValueError, too
+                why = f"unreadable JSON: {error}"
+                if isinstance(error, UnicodeDecodeError):
+                    why = "not UTF-8 text"
+                elif isinstance(error, json.JSONDecodeError):
+                    ends = error.pos >= len(text.rstrip())
+                    why = "unreadable JSON: " + ("it ends too early; a record has to be on one line" if ends
+                                                 else f"{error.msg} at column {error.colno}")
+                raise ValueError(f"{path}, line {number}: {why}") from None
+            if text.strip():
+                yield f"{path}, line {number}", record
 
 
 def _read_parquet(path):
@@ -149,17 +136,15 @@ def _read_parquet(path):
         raise ValueError(f"{path}: unreadable parquet file: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
-        model = row.get("reward_model")
-        if not isinstance(model, dict):
+        if not isinstance(row.get("reward_model"), dict):
             raise ValueError(f"{place}: reward_model: missing")
         info = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
-        yield place, {"prompt": row.get("prompt"), "rubrics": model.get("rubrics"),
-                      "prompt_id": row.get("prompt_id") or info.get("prompt_id"),
-                      "example_tags": row.get("example_tags")}
+        yield place, {**row, "prompt_id": row.get("prompt_id") or info.get("prompt_id"),
+                      "rubrics": row["reward_model"].get("rubrics")}
 
 
 def _parse_task(record, place, need_rubrics):
-    """A Task from a record in HealthBench's format. Raises ValueError that names the place and the field."""
+    """A Task from a record in HealthBench's format; ValueError names the place and the field."""
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a record must be a JSON object")
     messages = _parse_messages(record.get("prompt"), place)
@@ -170,10 +155,10 @@ def _parse_task(record, place, need_rubrics):
     if rubric and not any(criterion.points > 0 for criterion in rubric):
         raise ValueError(f"{place}: rubrics: no criterion has positive points, so no score is defined")
     identity = record.get("prompt_id")
-    if identity is None:  # the official parquet files have none: a hash of conversation and rubric takes its place
+    if identity is None:  # the official parquet files have none: the conversation and its rubric are its name
         identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True, default=str).encode()).hexdigest()[:16]
     _check_text(identity, f"{place}: prompt_id")
-    if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # errors show it
+    if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # it is shown in messages
         raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
@@ -198,10 +183,8 @@ def _parse_criterion(record, field):
         raise ValueError(f"{field}: a criterion must be a JSON object")
     text, points = record.get("criterion"), record.get("points")
     _check_text(text, f"{field}.criterion")
-    if isinstance(points, bool) or not isinstance(points, int | float) or not abs(points) <= 1e6:
-        raise ValueError(f"{field}.points: must be a number up to a million, got {shown(points)}")
-    if points == 0:
-        raise ValueError(f"{field}.points: 0 points: the criterion would do nothing")
+    if isinstance(points, bool) or not isinstance(points, int | float) or not 0 < abs(points) <= 1e6:
+        raise ValueError(f"{field}.points: must be a number up to a million and not 0, got {shown(points)}")
     tags = _parse_tags(record.get("tags"), f"{field}.tags")
     try:
         rule_from_tags(tags)
@@ -210,12 +193,19 @@ def _parse_criterion(record, field):
     return Criterion(text, points, tags)
 
 
-def _check_text(text, field):
-    if not isinstance(text, str) or not text.strip():
+def _check_text(text, field, may_be_empty=False):
+    if not isinstance(text, str) or not (text.strip() or may_be_empty):
         raise ValueError(f"{field}: must be a non-empty string, got {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field}: half a surrogate pair is not text") from None
 
 
 def _parse_tags(tags, field):
-    if tags is not None and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        raise ValueError(f"{field}: must be a list of strings")
-    return tuple(tags or ())
+    tags = [] if tags is None else tags
+    if not isinstance(tags, list):
+        raise ValueError(f"{field}: must be a list of strings, got {shown(tags)}")
+    for i, tag in enumerate(tags):
+        _check_text(tag, f"{field}[{i}]", may_be_empty=True)
+    return tuple(tags)

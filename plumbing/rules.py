@@ -1,11 +1,11 @@
-"""Rules: criteria that code can check.
+"""Criteria that code can check: the rule library.
 
-The tags of a criterion name its rule, in the form of the official RuscaRL data:
+A criterion is ruled when its tags say so, in the tag form of the official RuscaRL data:
 
     "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
 
-`rule_from_tags` turns tags into a function from a response to True (met), False (not met) or None (could not be decided).
-Parameters are checked when a task file is loaded, not when a response is judged.
+`rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
+decided). Each rule is a factory that checks its parameters when the task file is loaded, not when a response is judged.
 """
 
 import inspect
@@ -17,25 +17,20 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
-import regex  # like `re`, with a time-out: a pattern from a task file must not hang the run
+import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run
 
-SECONDS = 2.0  # for which a pattern may search a response
+SECONDS = 2.0  # the longest a pattern may search one response
 LONGEST = 10_000  # characters of a rule's parameters
-COPIES = 100_000  # of a part of a pattern: the compiler writes out repeats within repeats
+COPIES = 100_000  # of a part of a pattern: compiling writes repeats within repeats out
 
 
 def rule_from_tags(tags):
-    """The rule that `tags` name, a function str -> bool | None; None where the tags name no rule.
+    """The rule named by `tags`, as a function str -> bool | None; None where the tags name no rule.
 
-    Raises ValueError for an unknown function, or parameters that are not a JSON object or do not fit the function.
+    Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do not fit.
     """
-    values = {}
-    for tag in tags:
-        key, _, value = tag.partition(":")
-        if key in ("verifier", "function", "parameters"):
-            if key in values:
-                raise ValueError(f"two {key}: tags")
-            values[key] = value
+    pairs = [tag.split(":", 1) for tag in tags if tag.startswith(("verifier:", "function:", "parameters:"))]
+    values = unique_keys(pairs)
     if not values or values == {"verifier": "llm"}:
         return None
     if "verifier" not in values:
@@ -54,12 +49,9 @@ def rule_from_tags(tags):
     if not isinstance(parameters, dict):
         raise ValueError(f"parameters of {name} must be a JSON object, got {shown(parameters)}")
     known = inspect.signature(RULES[name]).parameters
-    for parameter in parameters:
-        if parameter not in known:
-            raise ValueError(f"{name} has no parameter {shown(parameter)} (it has: {', '.join(known) or 'none'})")
-    for parameter, value in known.items():
-        if value.default is value.empty and parameter not in parameters:
-            raise ValueError(f"{name} needs the parameter {parameter}")
+    needed = {parameter for parameter, value in known.items() if value.default is value.empty}
+    if not needed <= set(parameters) <= set(known):
+        raise ValueError(f"{name} takes {', '.join(known) or 'no parameters'}, got {shown(list(parameters))}")
     return RULES[name](**parameters)
 
 
@@ -70,17 +62,16 @@ def shown(value):
 
 
 def unique_keys(pairs):
-    """The pairs of a JSON object as a dict, for json.loads. Raises ValueError for a key that stands twice."""
-    record = {}
-    for key, value in pairs:
-        if key in record:
-            raise ValueError(f"the key {shown(key)} stands twice")
-        record[key] = value
+    """A JSON object's pairs as a dict, for json.loads. Raises ValueError for a key that stands twice."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(shown(k) for k in keys if keys.count(k) > 1)} stands twice")
     return record
 
 
 def normalize(text):
-    """`text` as rules compare it: lower case, straight apostrophes, single spaces."""
+    """Lower case, straight apostrophes, single spaces: what the word rules compare."""
     return " ".join(text.lower().replace("\u2019", "'").split())
 
 
@@ -97,24 +88,24 @@ def _count(name, value):
 
 
 BEFORE, AFTER = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; _ may be Markdown's
-CLOSING = r"[\p{Pf}\p{Pe}\"'*_]"  # closing quotes and brackets, Markdown
-TRAILING = r"[\s\p{S}\p{M}\p{Cf}\p{Pf}\p{Pe}\"'*_]"  # the same, white space and emoji
+CLOSING = r"[\p{Pf}\p{Pe}\"'*_]"  # quotes, brackets, Markdown
+TRAILING = r"[\s\p{S}\p{M}\p{Cf}\p{Pf}\p{Pe}\"'*_]"  # these, space and emoji
 
 
 def _mentions(phrases, text):
-    """[phrases]: whether each occurs. Whole words only: "restaurant" does not mention "rest"."""
+    """Whether each phrase occurs. Whole words only: "rest" is not mentioned by "restaurant"."""
     text = normalize(text)
     return [regex.search(BEFORE + regex.escape(phrase) + AFTER, text) is not None for phrase in phrases]
 
 
 def mentions_any(words):
-    """At least one of the words or phrases occurs, in whole words and any case."""
+    """At least one of the words or phrases occurs (whole words, any case)."""
     phrases = _phrases(words)
     return lambda text: any(_mentions(phrases, text))
 
 
 def mentions_all(words):
-    """Each of the words or phrases occurs, in whole words and any case."""
+    """Every one of the words or phrases occurs."""
     phrases = _phrases(words)
     return lambda text: all(_mentions(phrases, text))
 
@@ -135,8 +126,7 @@ def ends_with(words):
 
 
 def ends_a_sentence():
-    """The response was not cut off: it ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the
-    number of a list."""
+    """The response ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the number of a list."""
     return lambda text: bool(regex.search(rf"[.!?]{TRAILING}*$", text) and not regex.search(r"(?:^|\n)\s*\d+[.)]\s*$", text))
 
 
@@ -153,7 +143,7 @@ def min_words(limit):
 
 
 def sentences(text):
-    """Number of sentences: stretches of text that . ! ? or the end of the text closes. A list's number, "2.", is none."""
+    """Number of sentences: stretches of text closed by . ! ? (or by the end); list numbers such as "2." do not count."""
     text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
     return sum(1 for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part))
 
@@ -191,7 +181,7 @@ def asks_question(count=1):
 def matches(pattern):
     """The pattern (syntax of Python's `re`) is found; None when the search takes longer than SECONDS."""
     try:
-        re.compile(pattern)  # refuses what only `regex` knows, such as recursion, which can fill the memory
+        re.compile(pattern)  # refuses what only `regex` knows, such as recursion, which can take all memory
         if math.prod(int(least) or 1 for least in re.findall(r"\{(\d+)", pattern)) > COPIES:
             raise ValueError(f"its repeats multiply to more than {COPIES:,}")
         compiled = regex.compile(pattern)
@@ -207,8 +197,8 @@ def matches(pattern):
     return check
 
 
-# math-verify ends endless algebra by a signal, and signals reach only the main thread of a process. Judging runs in other
-# threads, so the check runs in the main thread of a worker process.
+# math-verify stops runaway algebra by a signal, which reaches only a process's main thread. Judging happens in threads, so
+# the check runs in the main thread of a worker process.
 _math_worker = None
 
 
@@ -222,9 +212,9 @@ def _math_verify_here(answer, text):
 
 
 def math_verify(answer):
-    """The response's final answer equals `answer`, a number or LaTeX; None where that cannot be decided in 30 s.
+    """The response's final answer equals `answer`, a number or LaTeX; None when that cannot be decided in 30 s.
 
-    In the response, LaTeX has to stand in $...$, \\(...\\), \\[...\\] or \\boxed{}.
+    In the response, LaTeX has to stand in $...$, \\(...\\), \\[...\\] or \\boxed{}, as math-verify wants it.
     """
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"answer must be a non-empty string, got {shown(answer)}")
@@ -236,7 +226,7 @@ def math_verify(answer):
         try:
             return _math_worker.submit(_math_verify_here, answer, text).result(timeout=30)
         except (FutureTimeout, BrokenProcessPool):
-            _math_worker = None  # the next check starts another worker
+            _math_worker = None  # the next check starts another
             return None
 
     return check

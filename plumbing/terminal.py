@@ -1,4 +1,4 @@
-"""What the commands print: a progress bar and lines above it, a line a step, the table at the end of a run, errors."""
+"""What a command prints: messages, a progress bar, a line a step, a sample now and then, the table at the end."""
 
 import json
 import os
@@ -12,18 +12,12 @@ from tqdm import tqdm
 
 from plumbing import ranks
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # all but white space that moves the cursor on
-STEP = (("reward", "reward/mean", "+.3f", ""), ("plain", "reward/unscaffolded", "+.3f", ""),
-        ("scaffold", "scaffold/ratio", ".2f", ""), ("loss", "loss", "+.4f", ""), ("entropy", "entropy", ".2f", ""),
-        ("kl", "kl", ".4f", ""), ("length", "response/length", ".0f", ""), ("sampled", "time/sample", ".0f", " s"),
-        ("updated", "time/update", ".0f", " s"))  # of a step's line: label, metric, format, unit
-
 _bar = tqdm(disable=True)
 
 
 def printable(text):
-    """`text` with U+FFFD for each character that a terminal would obey, such as the escape of a sequence."""
-    return CONTROL.sub("\ufffd", text)
+    """`text` without control characters, which a terminal would obey; tabs and line breaks stay."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", "\ufffd", text)
 
 
 def one_line(text):
@@ -33,7 +27,7 @@ def one_line(text):
 
 @contextmanager
 def progress(total, done, unit):
-    """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it on."""
+    """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it."""
     global _bar
     with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=ranks.silent()) as _bar:
         yield
@@ -41,24 +35,24 @@ def progress(total, done, unit):
 
 
 def phase(text):
-    """Say on the progress bar, where there is one, what is being done."""
+    """Say on the progress bar, if there is one, what is being done just now."""
     _bar.set_description(text)
 
 
 def advance(by=1):
-    """Move the progress bar on."""
+    """Move the progress bar."""
     _bar.set_description("")
     _bar.update(by)
 
 
 def say(line):
-    """Print a line on stderr, above the progress bar; of all ranks, only the leader does."""
+    """Print a line on stderr, above any progress bar, by the leader only."""
     if ranks.leader():
         tqdm.write(line, sys.stderr)
 
 
 def error(command, message):
-    """Print the one line that tells a mistake of the user's."""
+    """Print an error in one line; of equal errors of many ranks, one."""
     ranks.complain(f"{command}: error: {one_line(str(message))}")
 
 
@@ -89,49 +83,49 @@ def run_command(command, main):
 
 
 def step_line(row, rollouts, show_sample):
-    """Print the numbers of a step that matter, in one line; with show_sample also the best response. Moves the bar on."""
-    parts = [f"step {row['step']:3d}", *(f"{label} {row[metric]:{form}}{unit}" for label, metric, form, unit in STEP
-                                         if row.get(metric) is not None)]
-    if "eval/score" in row:
-        parts.append(f"held out {_score(row)}")
-    tqdm.write("  ".join(parts))
+    """One line of the numbers that matter, and with show_sample the best response of the step."""
+    shown = {"step": "step {:3d}", "reward/mean": "reward {:+.3f}", "reward/unscaffolded": "plain {:+.3f}",
+             "scaffold/ratio": "scaffold {:.2f}", "loss": "loss {:+.4f}", "entropy": "entropy {:.2f}", "kl": "kl {:.4f}",
+             "response/length": "length {:.0f}", "time/sample": "sampled {:.0f} s", "time/update": "updated {:.0f} s",
+             "eval/score": "held out {:+.3f}", "eval/score_se": "+- {:.3f}"}
+    tqdm.write("  ".join(words.format(row[name]) for name, words in shown.items() if row.get(name) is not None))
     advance()
-    best = max((r for r in rollouts if r.reward is not None), key=lambda r: r.reward, default=None)
-    if show_sample and best:
-        shown = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
-                 f"reward {best.reward:+.2f}) {best.text}\n")
-        tqdm.write(textwrap.indent(printable(shown), "    | "))
+    judged = [r for r in rollouts if r.reward is not None]
+    if show_sample and judged:
+        best = max(judged, key=lambda r: r.reward)
+        text = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
+                f"reward {best.reward:+.2f}) {best.text}\n")
+        tqdm.write(textwrap.indent(printable(text), "    | "))
 
 
 def summary(run, config):
-    """Print the held-out scores and pass rates before and after, and a held-out question answered before and after."""
+    """Before and after: score with its error, pass rates, and the same held-out question answered twice."""
     rows = [row for row in run.rows() if "eval/score" in row]
-    both = rows[0], rows[-1]
-    before, after = (row["eval/pass_rate"] for row in both)  # of criteria that many tasks have
+    before, after = rows[0], rows[-1]
     print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
-    lines = [("", "before", "after"), ("score", *map(_score, both)),
-             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in both)),
-             *((one_line(text)[:40], f"{before[text]:.0%}", f"{after[text]:.0%}") for text in before if text in after)]
-    for label, *cells in lines:
+    table = [("", "before", "after"),
+             ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
+             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),
+             *((one_line(text)[:40], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
+               for text, rate in sorted(before["eval/pass_rate"].items()) if text in after["eval/pass_rate"])]
+    for label, *cells in table:
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
-    texts = []
-    for when, row in zip(("before", "after"), both):
+    columns = []
+    for name, row in (("before", before), ("after", after)):
         with open(run.folder / "rollouts" / f"eval_{row['step']:05d}.jsonl", encoding="utf-8") as file:
             first = json.loads(file.readline())
-        points = "not judged" if first["reward"] is None else f"reward {first['reward']:+.2f}"
-        texts.append(f"{when} ({points})\n\n{first['response']}")
+        reward = "not judged" if first["reward"] is None else f"reward {first['reward']:+.2f}"
+        columns.append(f"{name} ({reward})\n\n{first['response']}")
     print(f"\n{printable(first['question'][:100])}\n")
-    side_by_side(*texts)
+    side_by_side(*columns)
     print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
 
 
-def _score(row):
-    return f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}"
-
-
 def side_by_side(left, right, width=58):
-    """Print two texts in two columns, 40 lines of each at most."""
-    columns = [[part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]][:40]
-               for text in (left, right)]
-    for one, other in zip_longest(*columns, fillvalue=""):
-        print(f"{one:{width}s}  |  {other}")
+    """Print two texts as two columns."""
+    columns = []
+    for text in (left, right):
+        lines = [part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]]
+        columns.append(lines[:40])
+    for a, b in zip_longest(*columns, fillvalue=""):
+        print(f"{a:{width}s}  |  {b}")

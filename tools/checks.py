@@ -1,13 +1,13 @@
-"""Two checks before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
+"""Two questions before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
 
---judge-calibrate asks the judge, as a run does, about 40 recorded responses to questions of first_aid, whose criteria have
-rules: the rules know the truth. A run cannot learn more than its judge sees. These criteria are about wording and length:
-clearer than medical ones, but a language model counts words badly.
+--judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
+the rules are the truth, and the judge is asked as in training. Criteria about wording and length are easier to state than
+medical ones, and words are harder to count: a judge's agreement on another kind of criteria may differ.
 """
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy
 import torch
@@ -24,7 +24,7 @@ from tasks import BUNDLED, load_tasks
 
 
 def known_cases():
-    """[(messages, response, criterion, truth, number of the response)], one for each criterion of each recorded response."""
+    """(messages, response, criterion, truth, number of the response) for every criterion of the recorded responses."""
     tasks = {task.id: task for task in load_tasks("first_aid")}
     recorded = json.loads((BUNDLED / "calibration.json").read_text(encoding="utf-8"))
     return [(tasks[record["prompt_id"]].messages, record["response"], criterion,
@@ -33,9 +33,9 @@ def known_cases():
 
 
 def balanced_f1(truth, verdicts):
-    """Mean of the F1 of "met" and the F1 of "not met", as in HealthBench's meta-evaluation, of two lists of booleans.
+    """Mean of the F1 of "met" and the F1 of "not met", as in HealthBench's meta-evaluation. Two lists of booleans.
 
-    F1 of a class = 2 x right / (times it was true + times it was said); 0 for a class that occurs in neither.
+    F1 of a class = 2 x right / (times it was true + times it was said); 0 for a class that never occurs in either.
     """
     truth, verdicts = numpy.asarray(truth, bool), numpy.asarray(verdicts, bool)
     scores = []
@@ -46,12 +46,12 @@ def balanced_f1(truth, verdicts):
 
 
 def interval(statistic, truth, verdicts, owners, draws=1000):
-    """95% bootstrap interval of statistic(truth, verdicts), which draws whole responses, with a fixed seed.
-
-    truth, verdicts: arrays [verdicts]; owners: the response of each verdict.
-    """
-    groups = [numpy.flatnonzero(numpy.asarray(owners) == owner) for owner in sorted(set(owners))]
-    rng, values = numpy.random.default_rng(0), []
+    """95% bootstrap interval of statistic(truth, verdicts), resampling whole responses (`owners`), with a fixed seed."""
+    by_owner = defaultdict(list)
+    for i, owner in enumerate(owners):
+        by_owner[owner].append(i)
+    groups, rng = list(by_owner.values()), numpy.random.default_rng(0)
+    values = []
     for _ in range(draws):
         picked = numpy.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
         values.append(statistic(truth[picked], verdicts[picked]))
@@ -59,10 +59,7 @@ def interval(statistic, truth, verdicts, owners, draws=1000):
 
 
 def calibrate_judge(config):
-    """Ask the judge at --judge-url and print how often it is right; returns whether there was any verdict.
-
-    Raises ValueError for a server that cannot judge.
-    """
+    """`calibrate` the judge at --judge-url. Raises ValueError for a server that cannot judge."""
     client = config.server("judge").connect(config.judge_concurrency)
     try:
         return calibrate(ChatJudge(client))
@@ -71,7 +68,7 @@ def calibrate_judge(config):
 
 
 def calibrate(judge):
-    """Ask `judge`, a ChatJudge, about all known cases and print how often it is right; returns whether it gave a verdict.
+    """Ask `judge` (a ChatJudge) about every known case and print what came back; returns whether there was any verdict.
 
     Verdicts that could not be had are counted apart.
     """
@@ -79,22 +76,22 @@ def calibrate(judge):
     futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
     answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
     seconds, error = time.monotonic() - start, judge.counts()[2]
-    judged = [(criterion, known, answer, owner)
-              for (_, _, criterion, known, owner), answer in zip(cases, answers) if answer is not None]
+    judged = [(criterion, known, said, owner)
+              for (_, _, criterion, known, owner), said in zip(cases, answers) if said is not None]
     print(f"{len(judged)} of {len(cases)} verdicts, {len(cases) / seconds:.1f} a second")
     if len(judged) < len(cases):
         print(f"unknown: {len(cases) - len(judged)}" + (f", the last because of {error}" if error else ""))
-    if not judged:
-        return False
+    if judged:
+        print_agreement(judged)
+    return bool(judged)
+
+
+def print_agreement(judged):
+    """Print how often verdicts are right. judged: (criterion, truth, verdict, number of the response) of each."""
     truth, verdicts = (numpy.array([row[i] for row in judged]) for i in (1, 2))
-    owners = [row[3] for row in judged]
-
-    def agreement(truth, verdicts):
-        return float((truth == verdicts).mean())
-
     print(f"\n{'':14s}{'':>8s}  95% interval, over responses")
-    for name, statistic in (("agreement", agreement), ("balanced F1", balanced_f1)):
-        low, high = interval(statistic, truth, verdicts, owners)
+    for name, statistic in (("agreement", lambda truth, verdicts: (truth == verdicts).mean()), ("balanced F1", balanced_f1)):
+        low, high = interval(statistic, truth, verdicts, [owner for *_, owner in judged])
         print(f"{name:14s}{statistic(truth, verdicts):>8.3f}  {low:.3f} to {high:.3f}")
     print(f"always {'met' if truth.mean() > 0.5 else 'not met'} would agree in {max(truth.mean(), 1 - truth.mean()):.3f}")
     for sign, points in (("positive", 1), ("negative", -1)):
@@ -105,18 +102,15 @@ def calibrate(judge):
     wrong = Counter(criterion.text for criterion, known, said, _ in judged if known != said)
     total = Counter(criterion.text for criterion, *_ in judged)
     print("\nmost often wrong")
-    for text, count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:5]:
+    for text, count in wrong.most_common(5):
         print(f"  {count:3d} of {total[text]:3d}  {text}")
-    return True
 
 
 def check_sync(config, policy, sampler, held_out, tokenizer):
-    """--check-sync: sync other weights to the sampler, then the policy's. The sampler's log-probabilities must be far from
-    the policy's at first, and equal to them in the end; raises ValueError otherwise.
+    """--check-sync: the sampler's log-probabilities must be far from the trainer's with other weights, equal after the sync.
 
-    The other weights are the policy's with the rows of each tensor in reverse order: a tensor that keeps them, or keeps the
-    arbitrary weights that vLLM starts with, makes a gap. Equal means within 1e-4 for each token in float32 on a CPU, else
-    within 0.1 in the mean, which is more than bfloat16's rounding makes.
+    The other weights are the policy's with the rows of each tensor reversed: a tensor that is not taken over shows. Equal is
+    within 1e-4 a token in float32 on a CPU, else within 0.1 in the mean. Raises ValueError if it is not so.
     """
     prompts = [prompt_ids(tokenizer, task.messages) for task in held_out][: max(8, ranks.size())]
     other, _ = sampler_gap(config, policy, sampler, prompts, ((n, w.flip(0)) for n, w in named_weights(policy)))
@@ -129,10 +123,7 @@ def check_sync(config, policy, sampler, held_out, tokenizer):
 
 
 def sampler_gap(config, policy, sampler, prompts, weights):
-    """(mean, maximum) over tokens of |policy's - sampler's log-probability|, in nats, once the sampler has `weights`.
-
-    The tokens are those of short responses to `prompts`, sampled without top-p and top-k.
-    """
+    """(mean, maximum) of |trainer's - sampler's log-probability| over tokens of short responses, sampled with `weights`."""
     sampler.sync(weights)
     own = ranks.share(list(enumerate(prompts)))
     params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)
