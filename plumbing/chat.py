@@ -52,23 +52,26 @@ def json_object(text):
     return found, text[end:]
 
 
+def key_variable(name):
+    """The environment variable that holds the key to the judge's, proposer's or verifier's server, if there is one."""
+    return "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
+
+
 @dataclass(frozen=True)
 class Server:
-    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them.
-
-    urls: base URLs, comma-separated; model: "" for the only one that they serve; extra: a JSON object as text.
-    """
+    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
 
     name: str  # judge, proposer or verifier
-    urls: str
-    model: str = ""
-    extra: str = ""
+    urls: list
+    model: str  # "": the only one that they serve
+    extra: dict  # fields added to every request
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
-        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense, and for a
-        password or a query in a URL: settings are written to files and shown."""
-        server = cls(name, urls, model, extra)
+        """A Server from the flags' texts, or None where no URL is given. Raises ValueError, naming the flag.
+
+        A password or a query in a URL is refused, because settings are written to files and shown.
+        """
         if not urls:
             if model or extra:
                 raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
@@ -77,31 +80,21 @@ class Server:
         for url in urls.split(","):
             if set(url) & set("@?#"):
                 raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
-                                 f"${server.key_variable}")
+                                 f"${key_variable(name)}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
                 raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
-        server.extra_fields()
-        return server
-
-    @property
-    def key_variable(self):
-        """The environment variable that holds the key, if there is one."""
-        return "OPENAI_API_KEY" if self.name == "judge" else f"{self.name.upper()}_API_KEY"
-
-    def extra_fields(self):
-        """`extra` as a dict. Raises ValueError where it is none."""
         try:
-            fields = json.loads(self.extra or "{}")
+            fields = json.loads(extra or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--{self.name}-extra is not JSON: {error}") from None
+            raise ValueError(f"--{name}-extra is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"--{self.name}-extra must be a JSON object")
-        return fields
+            raise ValueError(f"--{name}-extra must be a JSON object")
+        return cls(name, urls.split(","), model, fields)
 
     def connect(self, concurrency, **options):
         """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
-        client = ChatClient(self.urls.split(","), self.model, key_variable=self.key_variable, concurrency=concurrency,
-                            extra=self.extra_fields(), **options)
+        client = ChatClient(self.urls, self.model, key_variable=key_variable(self.name), concurrency=concurrency,
+                            extra=self.extra, **options)
         try:
             client.check(hint=f"--{self.name}-model")
         except (ConnectionError, ValueError) as error:
@@ -128,8 +121,7 @@ class ChatClient:
         self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
         self.structured = True  # until a server refuses response_format
         self.counts, self.last_error = Counter(), None
-        self._in_flight = Counter({url: 0 for url in self.base_urls})
-        self._rests_until = Counter()  # a server that failed is avoided for a moment
+        self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
         self._down_since = {}  # servers that could not be reached when they were last tried
         self._told = set()  # servers whose outage has been said
         self._lock = threading.Lock()
@@ -197,7 +189,11 @@ class ChatClient:
         tries, unreached, temperature = 0, 0, 0.0
         while True:
             pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-            url = self._acquire()
+            with self._lock:
+                self.counts["tries"] += 1
+                now = time.monotonic()
+                url = min(self.base_urls, key=lambda url: (self._rests_until[url] > now, self._in_flight[url]))
+                self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
             except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
@@ -254,15 +250,6 @@ class ChatClient:
                 self._told.add(url)
                 say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
             return outage
-
-    def _acquire(self):
-        """The server with the fewest requests in flight, resting ones last; counted in."""
-        now = time.monotonic()
-        with self._lock:
-            self.counts["tries"] += 1
-            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
-            self._in_flight[url] += 1
-        return url
 
     def usage(self):
         """A copy of the counts."""

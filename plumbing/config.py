@@ -27,12 +27,11 @@ MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_ski
 
 @dataclass
 class Config:
-    """Defaults are the laptop preset; PAPER below replaces some when --model is given."""
+    """The settings of ruscarl.py. Defaults are the laptop preset; PAPER below replaces some when --model is given."""
 
     model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (the default, from PyPI)")
     tasks: str = setting("first_aid", "first_aid, healthbench, or a .jsonl or .parquet file")
-    preset: str = setting("auto", "where the other settings start; auto: paper where --model is given, else laptop",
-                          ("auto", "laptop", "paper"))
+    preset: str = setting("auto", "the other defaults; auto: paper with --model, else laptop", ("auto", "laptop", "paper"))
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
     seed: int = setting(0, "seed of every draw")
@@ -47,9 +46,8 @@ class Config:
     clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", least=0)
     dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off", least=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
-    ratio: str = setting("plain", "prompts above and below the ratio's bar: plain: question, question; unbiased: "
-                         "question, scaffold; scaffolded: scaffold, scaffold",
-                         ("plain", "unbiased", "scaffolded"))
+    ratio: str = setting("plain", "prompt in the ratio's numerator and denominator: plain: question in both; scaffolded: "
+                         "scaffold in both; unbiased: question, scaffold", ("plain", "unbiased", "scaffolded"))
     max_new_tokens: int = setting(64, "longest response, in tokens", above=0)
     max_prompt_tokens: int = setting(2048, "tasks whose question with the whole scaffold is longer are dropped", above=0)
     temperature: float = setting(0.7, "sampling temperature", above=0)
@@ -61,10 +59,10 @@ class Config:
     power: float = setting(2.0, "exponent of --decay power", above=0)
     pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
     full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary", least=0)
-    sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
+    sampler: str = setting("auto", "auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
     tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off", least=0)
-    check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
+    check_sync: bool = setting(False, "first check by log-probabilities that the sampler takes over the policy's weights")
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
                          ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
@@ -83,16 +81,14 @@ class Config:
     device: str = setting("auto", "where the policy computes", ("auto", "cpu", "cuda"))
     offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer of a policy on a GPU; "
                            "auto: where they would not fit", ("auto", "yes", "no"))
-    dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
-                         ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
     gpus: int = setting(1, "with --gpu-gb: number of such GPUs, of one machine", above=0)
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
     def server(self, name):
-        """The servers of --NAME-url (judge, proposer or verifier), or None where no URL is given. Raises ValueError, naming
-        the flag, for settings that make no sense."""
+        """The Server of judge, proposer or verifier, or None where no URL is given. Raises ValueError, naming the flag."""
         return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
 
 
@@ -148,8 +144,7 @@ class Refinement(Config):
     verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
     verifier_model: str = setting("", "model to ask there (default: the only one served)")
     verifier_extra: str = setting("", "as --proposer-extra")
-    start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
-                         ("prompt", "own"))
+    start: str = setting("prompt", "first rubric: written from the question alone, or the task's own", ("prompt", "own"))
     rounds: int = setting(4, "most refinements of a rubric, two responses each", least=0)
     max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
                                   "that the rubric told apart before", least=0, most=1)
@@ -160,7 +155,7 @@ class Refinement(Config):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of which a mistake is one line and exit status 2."""
+    """A command line whose errors are one line, with exit status 2."""
 
     def add_flags(self, settings, shared=()):
         """A flag for each field of the dataclass `settings`, or for its own ones and those in `shared`; None: not given."""
@@ -182,7 +177,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        """Print the mistake and exit with status 2."""
+        """Print the error and exit with status 2."""
         terminal.error(self.prog, message)
         raise SystemExit(2)
 
