@@ -1,8 +1,8 @@
-"""Requests to OpenAI-compatible chat servers: several equivalent servers, many requests at a time, retries that end.
+"""A client of OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
 
-Repeated after growing pauses: time-outs, HTTP 429 (after its Retry-After), HTTP 5xx, and answers that the caller's parser
-refuses, which are asked for again at another temperature. Final: any other 4xx, which would fail again. While no server can
-be reached, requests wait, so that a server can be restarted under a run. A request that fails for good raises ChatError.
+Retried, with growing pauses: time-outs, 429 (Retry-After is honoured), 5xx, and answers that the caller's parser refuses,
+which are asked for again at another temperature. Never retried: any other 4xx. A server that cannot be reached is waited
+for, so that it can be restarted under a run. A request that fails in the end raises ChatError.
 """
 
 import json
@@ -29,7 +29,7 @@ class ChatError(RuntimeError):
 
 
 class _Failed(Exception):
-    """A try that may succeed when repeated: after `pause` seconds at least, at this temperature."""
+    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
 
     def __init__(self, reason, pause=0.0, temperature=0.0):
         super().__init__(reason)
@@ -37,8 +37,10 @@ class _Failed(Exception):
 
 
 def json_object(text):
-    """(the JSON object that the first brace of an answer opens, the text after the object). What a reasoning model writes
-    before </think> is no part of the answer. Raises ValueError where there is no object, or a key stands twice in it."""
+    """(the JSON object that the first brace of an answer opens, the text after it). Text before a </think> is no answer.
+
+    Raises ValueError where there is no such object, or where a key stands twice in it.
+    """
     text = text.rsplit("</think>", 1)[-1]
     start = text.find("{")
     if start < 0:
@@ -50,52 +52,49 @@ def json_object(text):
     return found, text[end:]
 
 
+def key_variable(name):
+    """The environment variable that holds the key to the judge's, proposer's or verifier's server, if there is one."""
+    return "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
+
+
 @dataclass(frozen=True)
 class Server:
-    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them.
-
-    urls: base URLs, comma-separated; model: "" for the only one that is served; extra: a JSON object as text. Settings are
-    written down and shown: the key stands in the environment, in `key_variable`, and never in a URL.
-    """
+    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
 
     name: str  # judge, proposer or verifier
-    urls: str
-    model: str = ""
-    extra: str = ""
+    urls: list
+    model: str  # "": the only one that they serve
+    extra: dict  # fields added to every request
 
-    @property
-    def key_variable(self):
-        """The environment variable that holds the API key, where there is one."""
-        return "OPENAI_API_KEY" if self.name == "judge" else f"{self.name.upper()}_API_KEY"
+    @classmethod
+    def checked(cls, name, urls, model="", extra=""):
+        """A Server from the flags' texts, or None where no URL is given. Raises ValueError, naming the flag.
 
-    def check(self):
-        """Raise ValueError, naming the flag, for settings that make no sense."""
-        for part in ("model", "extra"):
-            if getattr(self, part) and not self.urls:
-                raise ValueError(f"--{self.name}-{part} needs --{self.name}-url"
-                                 + (" (or $RUSCARL_JUDGE_URL)" if self.name == "judge" else ""))
-        for url in self.urls.split(",") if self.urls else ():
+        A password or a query in a URL is refused, because settings are written to files and shown.
+        """
+        if not urls:
+            if model or extra:
+                raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
+                                 + (" (or $RUSCARL_JUDGE_URL)" if name == "judge" else ""))
+            return None
+        for url in urls.split(","):
             if set(url) & set("@?#"):
-                raise ValueError(f"--{self.name}-url: a base URL has no user, password or query in it; the key goes into "
-                                 f"${self.key_variable}")
+                raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
+                                 f"${key_variable(name)}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
-                raise ValueError(f"--{self.name}-url: {url!r} is not http:// or https:// and a server")
-        self.extra_fields()
-
-    def extra_fields(self):
-        """`extra` as a dict. Raises ValueError where it is none."""
+                raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
         try:
-            fields = json.loads(self.extra or "{}")
+            fields = json.loads(extra or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--{self.name}-extra is not JSON: {error}") from None
+            raise ValueError(f"--{name}-extra is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"--{self.name}-extra must be a JSON object")
-        return fields
+            raise ValueError(f"--{name}-extra must be a JSON object")
+        return cls(name, urls.split(","), model, fields)
 
     def connect(self, concurrency, **options):
         """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
-        client = ChatClient(self.urls.split(","), self.model, key_variable=self.key_variable, concurrency=concurrency,
-                            extra=self.extra_fields(), **options)
+        client = ChatClient(self.urls, self.model, key_variable=key_variable(self.name), concurrency=concurrency,
+                            extra=self.extra, **options)
         try:
             client.check(hint=f"--{self.name}-model")
         except (ConnectionError, ValueError) as error:
@@ -106,28 +105,29 @@ class Server:
 class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
-    base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. concurrency:
-    requests at a time, over all servers. timeout: seconds for one try. retries: tries after the first. patience: seconds for
-    which no server may be reachable before requests fail; these tries are not counted. extra: fields of every request body.
+    base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
+    environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
+    for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
+    such tries are not counted. extra: fields added to every request.
     counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
                  patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
-        self.base_urls, self.model, self.key_variable = [url.rstrip("/") for url in base_urls], model, key_variable
+        self.base_urls = [url.rstrip("/") for url in base_urls]
+        self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.patience, self.first_pause = timeout, retries, patience, first_pause
-        self.fields = {"max_tokens": max_tokens, **(extra or {})}
+        self.fields = {"max_tokens": max_tokens, **(extra or {})}  # of every request
         self.structured = True  # until a server refuses response_format
         self.counts, self.last_error = Counter(), None
-        self._in_flight = Counter()
-        self._rests_until = dict.fromkeys(self.base_urls, 0.0)
+        self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
         self._outage_began, self._outage_told = None, False  # of all servers at once
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
 
     def check(self, timeout=5.0, hint="--judge-model"):
-        """Ask every server for its models; take the only one where no model was named. hint: the flag that names one.
+        """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
 
         Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
         """
@@ -152,7 +152,7 @@ class ChatClient:
                 raise ValueError(f"{url} {problem}; it serves {self.quoted(', '.join(served[:10])) or 'none'} ({hint})")
 
     def close(self):
-        """Cancel the requests that still wait in the pool; requests under way end by themselves."""
+        """Cancel what still waits in the pool; requests under way end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, messages, *, parse=None, schema=None, none_if_failed=False):
@@ -167,7 +167,7 @@ class ChatClient:
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
         parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        of the answer; sent as structured output while the servers take it, else left to the prompt.
+        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
         Raises ChatError when all tries failed or the server refuses the request.
         """
         start = time.monotonic()
@@ -180,20 +180,6 @@ class ChatClient:
         finally:
             self._count(calls=1, seconds=time.monotonic() - start)
 
-    def usage(self):
-        """A copy of the counts, as a dict."""
-        with self._lock:
-            return dict(self.counts)
-
-    def quoted(self, text):
-        """What a server said, as an error may repeat it: one line of 200 characters, for a terminal, without the key."""
-        key = os.environ.get(self.key_variable)
-        return one_line(text.replace(key, f"${self.key_variable}") if key else text)[:200]
-
-    def _headers(self):
-        key = os.environ.get(self.key_variable)
-        return {"Authorization": f"Bearer {key}"} if key else {}
-
     def _count(self, **numbers):
         with self._lock:
             self.counts.update(numbers)
@@ -202,7 +188,11 @@ class ChatClient:
         tries, unreached, temperature = 0, 0, 0.0
         while True:
             pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-            url = self._acquire()
+            with self._lock:
+                self.counts["tries"] += 1
+                now = time.monotonic()
+                url = min(self.base_urls, key=lambda url: (self._rests_until[url] > now, self._in_flight[url]))
+                self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
             except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
@@ -221,29 +211,6 @@ class ChatClient:
                 with self._lock:
                     self._in_flight[url] -= 1
             time.sleep(pause)
-
-    def _acquire(self):
-        """The server with the fewest requests in flight, resting servers last; this request is counted in."""
-        now = time.monotonic()
-        with self._lock:
-            self.counts["tries"] += 1
-            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
-            self._in_flight[url] += 1
-        return url
-
-    def _outage(self, url):
-        """Note that `url` cannot be reached; seconds for which no server has answered, 0 where another one can be asked."""
-        now = time.monotonic()
-        with self._lock:
-            self._rests_until[url] = now + REST
-            if min(self._rests_until.values()) <= now:
-                return 0.0
-            self._outage_began = self._outage_began or now
-            outage = now - self._outage_began + 1e-9
-            if outage > 3 and not self._outage_told:  # a refused connection or two is no outage
-                self._outage_told = True
-                say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
-            return outage
 
     def _try(self, url, messages, parse, schema, temperature):
         """One request. Raises _Failed or requests.ConnectionError for what may pass, ChatError for what will not."""
@@ -268,27 +235,50 @@ class ChatClient:
             raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
         raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
+    def _outage(self, url):
+        """Note that `url` cannot be reached; seconds for which no server has answered, 0 where another one can be asked."""
+        now = time.monotonic()
+        with self._lock:
+            self._rests_until[url] = now + REST
+            if min(self._rests_until[other] for other in self.base_urls) <= now:
+                return 0.0
+            self._outage_began = self._outage_began or now
+            outage = now - self._outage_began + 1e-9
+            if outage > 3 and not self._outage_told:  # a refused connection or two is no outage
+                self._outage_told = True
+                say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
+            return outage
+
+    def usage(self):
+        """A copy of the counts."""
+        with self._lock:
+            return dict(self.counts)
+
+    def quoted(self, text):
+        """What a server said, as an error may repeat it: one line of at most 200 characters, without the key."""
+        key = os.environ.get(self.key_variable)
+        return one_line(text.replace(key, f"${self.key_variable}") if key else text)[:200]
+
+    def _headers(self):
+        key = os.environ.get(self.key_variable)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
     def _post(self, url, messages, schema, temperature):
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
         body = {"model": self.model, "messages": messages, "temperature": temperature, **self.fields}
-
-        def send(**more):
-            return self._local.session.post(f"{url}/chat/completions", json=body | more, headers=self._headers(),
-                                            timeout=self.timeout)
-
-        if schema is None or not self.structured:
-            return send()
-        answer = send(response_format={"type": "json_schema",
-                                       "json_schema": {"name": "answer", "strict": True, "schema": schema}})
-        if answer.status_code in (400, 422):  # perhaps it is response_format that is refused: try without
-            answer = send()
-            if answer.status_code == 200:
-                self.structured = False
+        structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+        formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
+        for extra in formats:
+            answer = self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
+                                              timeout=self.timeout)
+            if answer.status_code not in (400, 422):  # perhaps it is response_format that is refused: try without
+                break
+        if schema is not None and not extra and answer.status_code == 200:
+            self.structured = False
         return answer
 
     def _text(self, answer):
-        """The text of a chat completion, whose tokens are counted. Raises ValueError for any other answer."""
         try:
             reply = answer.json()
             choice, usage = reply["choices"][0], reply.get("usage") or {}
@@ -306,7 +296,7 @@ class ChatClient:
 
 
 def _retry_after(answer):
-    """Seconds that the server asks to wait; 0 where it names no number."""
+    """Seconds that the server asks to wait; 0 where it names no number of seconds."""
     try:
         return max(0.0, float(answer.headers.get("Retry-After", "")))
     except ValueError:
@@ -314,7 +304,7 @@ def _retry_after(answer):
 
 
 def _message(answer):
-    """The server's own words about an error."""
+    """The error message in a server's answer."""
     try:
         error = answer.json()["error"]
         return str(error["message"]) if isinstance(error, dict) else str(error)

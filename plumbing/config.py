@@ -27,12 +27,11 @@ MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_ski
 
 @dataclass
 class Config:
-    """Defaults are the laptop preset; PAPER below replaces some where --model is given."""
+    """The settings of ruscarl.py. Defaults are the laptop preset; PAPER below replaces some where --model is given."""
 
     model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (135M parameters, from PyPI)")
     tasks: str = setting("first_aid", "questions with rubrics: first_aid, healthbench, or a .jsonl or .parquet file")
-    preset: str = setting("auto", "defaults of the other settings; auto: paper for any --model but smollm2, else laptop",
-                          ("auto", "laptop", "paper"))
+    preset: str = setting("auto", "the other defaults; auto: paper with --model, else laptop", ("auto", "laptop", "paper"))
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
     seed: int = setting(0, "seed of every random draw")
@@ -47,9 +46,8 @@ class Config:
     clip_high: float = setting(0.2, "the policy ratio is clipped above 1 + clip_high", least=0)
     dual_clip: float = setting(0.0, "bound of the loss, -A * dual_clip, where the advantage A is below 0; 0 is off", least=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
-    ratio: str = setting("plain", "prompts in numerator and denominator of the policy ratio: plain: question, question; "
-                         "unbiased: question, scaffold; scaffolded: scaffold, scaffold",
-                         ("plain", "unbiased", "scaffolded"))
+    ratio: str = setting("plain", "prompt in numerator and denominator of the policy ratio: plain: question in both; "
+                         "scaffolded: scaffold in both; unbiased: question, scaffold", ("plain", "unbiased", "scaffolded"))
     max_new_tokens: int = setting(64, "longest response, in tokens", above=0)
     max_prompt_tokens: int = setting(2048, "longest prompt, in tokens; a task whose question with the whole rubric is "
                                      "longer is not trained on", above=0)
@@ -64,8 +62,7 @@ class Config:
     full_samples: int = setting(1, "with --pattern binary: samples of a group that see the scaffold", least=0)
     sampler: str = setting("auto", "what generates responses; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
-    tis: float = setting(0.0, "truncated importance sampling: tokens are weighted by min(trainer's / sampler's probability, "
-                         "tis); 2 is usual, 0 is off", least=0)
+    tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off", least=0)
     check_sync: bool = setting(False, "before training, prove by log-probabilities that the sampler takes over weights")
     judge: str = setting("auto", "who judges criteria without a rule: the servers at --judge-url (chat), or the policy "
                          "(self); auto: chat where a server is given", ("auto", "rules", "chat", "self"))
@@ -86,19 +83,15 @@ class Config:
     device: str = setting("auto", "where models compute; auto: cuda where there is a GPU", ("auto", "cpu", "cuda"))
     offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer state of a policy on a "
                            "GPU; auto: where they would not fit", ("auto", "yes", "no"))
-    dtype: str = setting("auto", "precision in which models compute; master weights are always float32",
-                         ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
     gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
     def server(self, name):
-        """The Server of --NAME-url (judge, proposer or verifier), or None where no URL is given. Raises ValueError, naming
-        the flag, for settings that make no sense."""
-        server = Server(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
-        server.check()
-        return server if server.urls else None
+        """The Server of judge, proposer or verifier, or None where no URL is given. Raises ValueError, naming the flag."""
+        return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
 
 
 # Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
@@ -155,8 +148,7 @@ class Refinement(Config):
                                 "the key is in $VERIFIER_API_KEY")
     verifier_model: str = setting("", "model at --verifier-url (default: the only one served)")
     verifier_extra: str = setting("", "JSON object added to each request to the verifier")
-    start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
-                         ("prompt", "own"))
+    start: str = setting("prompt", "first rubric: written from the question alone, or the task's own", ("prompt", "own"))
     rounds: int = setting(4, "most refinements of a rubric, two responses each", least=0)
     max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
                                   "that the rubric told apart before", least=0, most=1)
@@ -167,7 +159,7 @@ class Refinement(Config):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of which a mistake is one line and exit status 2."""
+    """A command line whose errors are one line, with exit status 2."""
 
     def add_flags(self, settings, shared=()):
         """A flag for each field of the dataclass `settings`, or for its own ones and those in `shared`; None: not given."""
@@ -195,7 +187,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        """Print the mistake and exit with status 2."""
+        """Print the error and exit with status 2."""
         terminal.error(self.prog, message)
         raise SystemExit(2)
 

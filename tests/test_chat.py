@@ -163,19 +163,19 @@ def test_check_finds_the_model(server):
 ])
 def test_flags_of_a_server_that_make_no_sense(urls, model, extra, message):
     with pytest.raises(ValueError, match=message) as error:
-        ChatServer("verifier", urls, model, extra).check()
+        ChatServer.checked("verifier", urls, model, extra)
     assert "secret123" not in str(error.value)
 
 
 def test_a_server_connects_by_its_flags(server, monkeypatch):
     monkeypatch.setenv("PROPOSER_API_KEY", "sk-secret")
     server.answers = lambda body, n: GOOD
-    c = ChatServer("proposer", server.url, extra='{"seed": 7}').connect(2, max_tokens=99)
+    c = ChatServer.checked("proposer", server.url, extra='{"seed": 7}').connect(2, max_tokens=99)
     verdict(c)
     assert c.model == "judge" and server.requests[0]["_authorization"] == "Bearer sk-secret"
     assert server.requests[0]["seed"] == 7 and server.requests[0]["max_tokens"] == 99
     with pytest.raises(ValueError, match=r"^--proposer-url: .*serves judge \(--proposer-model\)$"):
-        ChatServer("proposer", server.url, "other").connect(2)
+        ChatServer.checked("proposer", server.url, "other").connect(2)
 
 
 def test_an_outage_of_one_of_two_servers_is_none(server):
