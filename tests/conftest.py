@@ -109,12 +109,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests first; every slow test is a unit of work of its own, unless it has a group, the others of a file are one."""
+    """The longest first; every slow test is a unit of work of its own, unless it has a group, the others of a file are one."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             name = item.nodeid if item.get_closest_marker("slow") else item.path.stem
             item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: -seconds(item))
+
+
+def seconds(item):
+    """About how long a test takes, as its marker `slow` says."""
+    slow = item.get_closest_marker("slow")
+    return (*slow.args, 5)[0] if slow else 0
 
 
 class Starter:
@@ -294,7 +300,7 @@ class Terminal:
 class Ranks:
     """A command in two processes, as torchrun would start them; but nobody ends one when the other dies.
 
-    The leader has a Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
+    leader: its Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
     """
 
     def __init__(self, *args, signalled=None):
@@ -302,19 +308,19 @@ class Ranks:
         self._file = tempfile.TemporaryFile()
         env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        self._terminal = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
-        self.processes = {0: self._terminal.process, 1: start(
+        self.leader = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
+        self.processes = {0: self.leader.process, 1: start(
             *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"}, stdout=self._file.fileno(), stderr=self._file.fileno())}
 
     def wait(self):
         """The ranks' exit statuses."""
-        return [self._terminal.wait(), self.processes[1].wait(PATIENCE)]
+        return [self.leader.wait(), self.processes[1].wait(PATIENCE)]
 
     @property
     def text(self):
         """What they have said on stderr."""
         self._file.seek(0)
-        return self._terminal.text + self._file.read().decode(errors="replace")
+        return self.leader.text + self._file.read().decode(errors="replace")
 
 
 def shows(phase, step):
