@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,9 +14,9 @@ from plumbing.runs import saved_config
 from scaffold import DECAYS, PATTERNS
 
 
-def setting(default, help, choices=None):
-    """A dataclass field with a line of help."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, least=None, above=None, most=None):
+    """A dataclass field with a line of help and what it may be: one of choices; a number >= least, > above, <= most."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (least, above, most)})
 
 
 # These may change between a run and its continuation; any other change would make it another run.
@@ -35,57 +36,57 @@ class Config:
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
     seed: int = setting(0, "seed of every draw")
-    steps: int = setting(24, "number of rollout batches")
-    group_size: int = setting(8, "G, responses to each question")
-    batch_size: int = setting(4, "questions a step")
-    mini_batch_size: int = setting(4, "questions an optimiser step")
-    lr: float = setting(5e-5, "learning rate of AdamW, constant")
-    weight_decay: float = setting(0.0, "weight decay of AdamW")
-    kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model")
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high")
-    dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    steps: int = setting(24, "number of rollout batches", above=0)
+    group_size: int = setting(8, "G, responses to each question", least=2)
+    batch_size: int = setting(4, "questions a step", above=0)
+    mini_batch_size: int = setting(4, "questions an optimiser step", above=0)
+    lr: float = setting(5e-5, "learning rate of AdamW, constant", least=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", least=0)
+    kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model", least=0)
+    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", least=0, most=1)
+    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", least=0)
+    dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off", least=0)
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     ratio: str = setting("plain", "prompts above and below the ratio's bar: plain: question, question; unbiased: "
                          "question, scaffold; scaffolded: scaffold, scaffold",
                          ("plain", "unbiased", "scaffolded"))
-    max_new_tokens: int = setting(64, "longest response, in tokens")
-    max_prompt_tokens: int = setting(2048, "tasks whose question with the whole scaffold is longer are dropped")
-    temperature: float = setting(0.7, "sampling temperature")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off")
-    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off")
+    max_new_tokens: int = setting(64, "longest response, in tokens", above=0)
+    max_prompt_tokens: int = setting(2048, "tasks whose question with the whole scaffold is longer are dropped", above=0)
+    temperature: float = setting(0.7, "sampling temperature", above=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off", above=0, most=1)
+    top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off", least=0)
     decay: str = setting("sigmoid", "how the scaffold fades over training", DECAYS)
-    midpoint: float = setting(0.5, "progress at which the sigmoid is at one half (t0)")
-    steepness: float = setting(12.0, "steepness of the sigmoid (alpha): from 99%% to 1%% takes 9.19 / steepness of the run")
-    power: float = setting(2.0, "exponent of --decay power")
+    midpoint: float = setting(0.5, "progress at which the sigmoid is at one half (t0)", least=0, most=1)
+    steepness: float = setting(12.0, "steepness of the sigmoid (alpha): 99%% to 1%% in 9.19 / steepness of the run", least=0)
+    power: float = setting(2.0, "exponent of --decay power", above=0)
     pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
-    full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary")
+    full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary", least=0)
     sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
-    tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off")
+    tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off", least=0)
     check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
     judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
                          ("auto", "rules", "chat", "self"))
     judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
     judge_model: str = setting("", "model to ask there (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
     judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
-    judge_concurrency: int = setting(64, "judge requests at a time")
-    max_unknown: float = setting(0.1, "stop when a larger share of a step's verdicts could not be had")
-    held_out: int = setting(16, "tasks kept for evaluation")
-    eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last")
-    eval_samples: int = setting(4, "responses to each held-out task")
-    save_every: int = setting(8, "checkpoint every so many steps; also after the last")
-    keep_checkpoints: int = setting(2, "checkpoints that are kept, the newest ones")
-    max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite")
-    token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time")
+    judge_concurrency: int = setting(64, "judge requests at a time", above=0)
+    max_unknown: float = setting(0.1, "stop when a larger share of a step's verdicts could not be had", least=0, most=1)
+    held_out: int = setting(16, "tasks kept for evaluation", above=0)
+    eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last", above=0)
+    eval_samples: int = setting(4, "responses to each held-out task", above=0)
+    save_every: int = setting(8, "checkpoint every so many steps; also after the last", above=0)
+    keep_checkpoints: int = setting(2, "checkpoints that are kept, the newest ones", above=0)
+    max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite", above=0)
+    token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     device: str = setting("auto", "where the policy computes", ("auto", "cpu", "cuda"))
     offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer of a policy on a GPU; "
                            "auto: where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
                          ("auto", "float32", "bfloat16"))
-    gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB")
-    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, of one machine")
+    gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
+    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, of one machine", above=0)
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
@@ -118,14 +119,15 @@ class Evaluation(Config):
     """The settings of evaluation.py: those of Config in SHARED, and these."""
 
     base: str = setting("", "a second model to compare with; novelty is measured against it")
-    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K")
-    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own")
+    samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K", above=0)
+    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own", least=0)
+    temperature: float = setting(0.7, "sampling temperature; 0 takes the likeliest tokens", least=0)
     judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
                          "chat and self are asked about every criterion. Another judge judges the kept responses again",
                          ("auto", "rules", "chat", "self"))
     embedding: str = setting("", "folder of a transformers model whose embeddings give the semantic distance")
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
-    chunk: int = setting(128, "responses that are sampled and judged before they are written down")
+    chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
     SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
               "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
@@ -138,7 +140,7 @@ class Refinement(Config):
 
     responses: tuple = setting((), "files with responses to the tasks: samples.jsonl of evaluations, or lines of "
                               '{"prompt_id": ..., "responses": [texts]}')
-    limit: int = setting(0, "only the first so many tasks; 0: all")
+    limit: int = setting(0, "only the first so many tasks; 0: all", least=0)
     proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; "
                                 "the key is in $PROPOSER_API_KEY")
     proposer_model: str = setting("", "model to ask there (default: the only one served)")
@@ -148,9 +150,9 @@ class Refinement(Config):
     verifier_extra: str = setting("", "as --proposer-extra")
     start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
                          ("prompt", "own"))
-    rounds: int = setting(4, "most refinements of a rubric, two responses each")
+    rounds: int = setting(4, "most refinements of a rubric, two responses each", least=0)
     max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
-                                  "that the rubric told apart before")
+                                  "that the rubric told apart before", least=0, most=1)
     always: bool = setting(False, "refine even where the two best are told apart already, as the paper does")
     output: str = setting("", "folder for everything that comes out (default: refined/<tasks>)")
 
@@ -211,6 +213,41 @@ def parse_training(argv=None):
     return action, config
 
 
+def _new(given):
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "paper" if given.get("model", "smollm2") != "smollm2" else "laptop"
+    start = paper_preset(given.get("model", Config.model)) if preset == "paper" else {}
+    config = Config(**{**start, **given, "preset": preset})
+    find_judge(config)
+    config.name = config.name or f"{short_name(config.model)}-{datetime.now():%Y%m%d-%H%M%S}"
+    return config
+
+
+def _resumed(given):
+    name, saved = _saved(given.get("runs", Config.runs), given.get("name"))
+    unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
+    changes = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in given.items()
+               if key not in MAY_CHANGE and value != saved.get(key)]
+    if changes:
+        raise ValueError(f"cannot resume {name} with another config: {', '.join(changes)}")
+    return Config(**{**saved, **given, "name": name})
+
+
+def _saved(runs, name):
+    """`saved_config`. Raises ValueError for a setting in it that no flag could have given."""
+    name, saved = saved_config(runs, name)
+    for field in dataclasses.fields(Config):
+        value, choices = saved.get(field.name, field.default), field.metadata["choices"]
+        kinds = (int, float) if field.type is float else (field.type,)
+        if type(value) not in kinds or (choices and value not in choices):
+            raise ValueError(f"config.json of {name}: {field.name}: must be "
+                             f"{'one of ' + ', '.join(choices) if choices else field.type.__name__}, got {value!r}")
+    return name, saved
+
+
 def parse_evaluation(argv=None):
     """The Evaluation of evaluation.py's command line."""
     parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
@@ -221,14 +258,9 @@ def parse_evaluation(argv=None):
         config = Evaluation(**{**_evaluated(given), **given})
         find_judge(config)
         config.output = config.output or f"evaluations/{short_name(config.model)}"
-        for name in ("samples", "chunk"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-        if config.held_out < 0:
-            raise ValueError(f"--held-out must not be negative, got {config.held_out}")
+        check(config)
         if config.temperature == 0 and config.samples > 1:
             raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
-        check(dataclasses.replace(config, held_out=config.held_out or 1, temperature=config.temperature or 1.0))
         if config.embedding and not (Path(config.embedding) / "config.json").is_file():
             raise ValueError(f"--embedding: no model in {config.embedding}")
     except (ValueError, OSError) as error:
@@ -237,14 +269,13 @@ def parse_evaluation(argv=None):
 
 
 def _evaluated(given):
-    """What an evaluation's flags start from: a run's own settings (on other tasks nothing is held out), or the paper's for
+    """What an evaluation's flags start from: the settings of a run (on other tasks nothing is held out), or the paper's for
     another model than smollm2."""
     model = given["model"]
     if not (Path(model) / "tasks.sha256").is_file():
         return {} if model == "smollm2" else {name: value for name, value in paper_preset(model).items()
                                               if name in Evaluation.FROM_RUN and name != "held_out"}
-    name, saved = saved_config(Path(model).absolute().parent, Path(model).name)
-    check_saved(name, saved)
+    _, saved = _saved(Path(model).absolute().parent, Path(model).name)
     own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
     for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
         was = saved.get(name)
@@ -263,11 +294,6 @@ def parse_refinement(argv=None):
         config = Refinement(**parser.given(argv))
         config.output = config.output or f"refined/{Path(config.tasks).stem}"
         check(config)
-        for name in ("limit", "rounds"):
-            if getattr(config, name) < 0:
-                raise ValueError(f"{flag(name)} must not be negative, got {getattr(config, name)}")
-        if not 0 <= config.max_reversed <= 1:
-            raise ValueError(f"--max-reversed must be between 0 and 1, got {config.max_reversed}")
         if not config.responses:
             raise ValueError("--responses: give at least one file, such as evaluations/NAME/samples.jsonl")
         config.server("verifier")
@@ -278,83 +304,39 @@ def parse_refinement(argv=None):
     return config
 
 
-def _new(given):
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "paper" if given.get("model", "smollm2") != "smollm2" else "laptop"
-    start = paper_preset(given.get("model", Config.model)) if preset == "paper" else {}
-    config = Config(**{**start, **given, "preset": preset})
-    find_judge(config)
-    if not config.name:
-        config.name = f"{short_name(config.model)}-{datetime.now():%Y%m%d-%H%M%S}"
-    return config
-
-
 def short_name(model):
     """A folder name for a model: the last part of its hub id or path."""
     return model.rstrip("/.").split("/")[-1].lstrip(".") or "model"
 
 
 def find_judge(config):
-    """Let the environment say who judges, where the flags do not. Raises ValueError for flags that would do nothing."""
-    if config.judge_url and config.judge in ("rules", "self"):
-        raise ValueError(f"--judge {config.judge} asks no server: it goes without --judge-url")
+    """Take the judge's server from the environment where no flag names one. Raises ValueError for flags without effect."""
     if config.judge not in ("rules", "self"):
         config.judge_url = config.judge_url or os.environ.get("RUSCARL_JUDGE_URL", "")
+    elif config.judge_url:
+        raise ValueError(f"--judge {config.judge} asks no server: it goes without --judge-url")
     if config.judge_url:
         config.judge_model = config.judge_model or os.environ.get("RUSCARL_JUDGE_MODEL", "")
 
 
-def _resumed(given):
-    name, saved = saved_config(given.get("runs", Config.runs), given.get("name"))
-    unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
-    check_saved(name, saved)
-    different = [key for key in given if key not in MAY_CHANGE and given[key] != saved.get(key)]
-    if different:
-        changes = ", ".join(f"{key} was {saved.get(key)!r}, is {given[key]!r}" for key in different)
-        raise ValueError(f"cannot resume {name} with another config: {changes}")
-    return Config(**{**saved, **given, "name": name})
-
-
-def check_saved(name, saved):
-    """Raise ValueError for a setting in the config.json of the run `name` that no flag could have given."""
-    for field in dataclasses.fields(Config):
-        value, choices = saved.get(field.name, field.default), field.metadata["choices"]
-        kinds = (int, float) if field.type is float else (field.type,)
-        if type(value) not in kinds or (choices and value not in choices):
-            raise ValueError(f"config.json of {name}: {field.name}: must be "
-                             f"{'one of ' + ', '.join(choices) if choices else field.type.__name__}, got {value!r}")
-
-
 def check(config):
-    """Raise ValueError, naming the flag, for a value that makes no sense or does not fit another."""
-    for name in ("steps", "group_size", "batch_size", "mini_batch_size", "max_new_tokens", "max_prompt_tokens", "power",
-                 "judge_concurrency", "held_out", "eval_every", "eval_samples", "save_every", "token_budget",
-                 "max_grad_norm", "keep_checkpoints", "max_skipped", "gpus"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{flag(name)} must be above 0, got {getattr(config, name)}")
-    if config.group_size == 1:
-        raise ValueError("--group-size must be at least 2: a response is compared with the others of its group")
-    for name in ("lr", "weight_decay", "kl", "clip_low", "clip_high", "top_k", "steepness", "temperature", "gpu_gb"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ValueError(f"{flag(name)} must not be negative or infinite, got {getattr(config, name)}")
-    for name in ("midpoint", "max_unknown", "top_p"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{flag(name)} must be between 0 and 1, got {getattr(config, name)}")
-    if config.temperature == 0 or config.top_p == 0:
-        raise ValueError("--temperature and --top-p must be above 0: equal samples teach nothing")
-    if config.tis != 0 and not config.tis >= 1:
+    """Raise ValueError, naming the flag, for a value outside of its range or one that does not fit another."""
+    for field in dataclasses.fields(config):
+        value, (least, above, most) = getattr(config, field.name), field.metadata["range"]
+        if above is not None and not above < value < math.inf:
+            raise ValueError(f"{flag(field.name)} must be above {above} and finite, got {value}")
+        if least is not None and not least <= value < math.inf:
+            raise ValueError(f"{flag(field.name)} must be at least {least} and finite, got {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{flag(field.name)} must be at most {most}, got {value}")
+    if 0 < config.tis < 1:
         raise ValueError(f"--tis must be at least 1, or 0 for off, got {config.tis}")
     if config.tis and (config.top_p < 1 or config.top_k > 0):
         raise ValueError("--tis needs --top-p 1 and --top-k 0: filtered, the sampler's probabilities are of fewer tokens")
-    if config.clip_low >= 1:
-        raise ValueError(f"--clip-low must be below 1, got {config.clip_low}")
-    if config.dual_clip != 0 and not config.dual_clip > 1:
+    if 0 < config.dual_clip <= 1:
         raise ValueError(f"--dual-clip must be above 1, or 0 for off, got {config.dual_clip}")
-    if not 0 <= config.full_samples <= config.group_size:
-        raise ValueError(f"--full-samples must be between 0 and --group-size, got {config.full_samples}")
+    if config.full_samples > config.group_size:
+        raise ValueError(f"--full-samples must be at most --group-size, got {config.full_samples}")
     if config.batch_size % config.mini_batch_size:
         raise ValueError(f"--batch-size must be a multiple of --mini-batch-size {config.mini_batch_size}, "
                          f"got {config.batch_size}")

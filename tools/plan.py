@@ -107,8 +107,8 @@ def fits(parts, room):
 
 def remedy(config, device, room, parts_of):
     """What would make a run fit: one or both of two flags, or else other settings. parts_of: a Config to its parts."""
-    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True},
-             **({"--offload yes": {"offload": "yes"}} if device == "cuda" else {"--token-budget 1024": {"token_budget": 1024}})}
+    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
+    flags |= {"--offload yes": {"offload": "yes"}} if device == "cuda" else {"--token-budget 1024": {"token_budget": 1024}}
     for names in (*([name] for name in flags), list(flags)):
         changed = dataclasses.replace(config, **{key: value for name in names for key, value in flags[name].items()})
         if fits(parts_of(changed), room):
