@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import requests
 
@@ -108,17 +107,16 @@ class ChatClient:
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
     for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
-    such tries are not counted. extra: fields added to every request. cut_off_is_an_answer: whether a text that ended at the
-    limit of tokens is one. counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls).
+    such tries are not counted. extra: fields added to every request. counts: calls, tries, failures, prompt_tokens,
+    completion_tokens, seconds (of calls).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.patience = timeout, retries, patience
-        self.max_tokens, self.first_pause = max_tokens, first_pause
-        self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
+        self.max_tokens, self.first_pause, self.extra = max_tokens, first_pause, extra or {}
         self.structured = True  # until a server refuses response_format
         self.counts, self.last_error = Counter(), None
         self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
@@ -168,9 +166,8 @@ class ChatClient:
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
-        Raises ChatError when all tries failed or the server refuses the request.
+        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
+        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
@@ -234,7 +231,8 @@ class ChatClient:
             except ValueError as error:  # asked at temperature 0 again, it would answer the same
                 raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+            asked = answer.headers.get("Retry-After", "")  # a date is not read
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else 0.0)
         raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
     def _outage(self, url):
@@ -295,21 +293,9 @@ class ChatClient:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError
-        if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
+        if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
-
-
-def _retry_after(answer):
-    """Seconds the server asks to wait, from a number or a date; 0 where it asks for nothing readable."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
 
 
 def _message(answer):
