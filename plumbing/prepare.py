@@ -196,8 +196,6 @@ def set_up(config):
     sampler.sync(named_weights(policy))
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
     run.open()
-    if not all(ranks.gather(run.seen())):
-        raise ValueError(f"--runs {config.runs}: not all ranks see it: it must be a folder that all machines share")
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
 

@@ -109,50 +109,51 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests first; every slow test is a unit of work of its own, unless it has a group, the others of a file are one."""
+    """The longest first. A slow test without a group is a unit of work of its own; the other tests of a file are one."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             name = item.nodeid if item.get_closest_marker("slow") else item.path.stem
             item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: -seconds(item))
 
 
-class Starter:
-    """What starts processes: a fork server, started when it is needed, or subprocess.Popen."""
-
-    servers = []
-
-    def __call__(self, *args, env=None, stdout, stderr, fresh=False, **limits):
-        """A process (with Popen's functions) that does `args`: a script with its arguments, in the project's folder.
-
-        env: changes of the environment. stdout, stderr: file descriptors. fresh: in a new interpreter, not a fork of one
-        that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. limits:
-        signalled (a signal that the process gets, and when) and largest_file, see fork_server.
-        """
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        if fresh or not str(args[0]).endswith(".py") or sys.platform != "linux":
-            if limits:
-                pytest.skip("needs a fork server, which needs Linux")
-            return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=stderr, env=env,
-                                    stdin=subprocess.DEVNULL)
-        if not self.servers:
-            self.servers.append(ForkServer(PRELOADED, {
-                **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))
-        modules = ["vllm_server"] if {"vllm", "tests/vllm_server.py"} & set(args) else []
-        return self.servers[0].start(args, env, stdout, stderr, modules, **limits)
+def seconds(item):
+    """About how long a test takes, as its marker `slow` says."""
+    slow = item.get_closest_marker("slow")
+    return (*slow.args, 5)[0] if slow else 0
 
 
-start = Starter()
+fork_servers = []  # one, as soon as it is needed
+
+
+def start(*args, env=None, stdout, stderr, fresh=False, **limits):
+    """A process (with Popen's functions) that does `args`: a script with its arguments, in the project's folder.
+
+    env: changes of the environment. stdout, stderr: file descriptors. fresh: in a new interpreter, not a fork of one
+    that has imported the project; so is what is no script, and all that is started elsewhere than on Linux. limits:
+    signalled (a signal that the process gets, and when) and largest_file, see fork_server.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if fresh or not str(args[0]).endswith(".py") or sys.platform != "linux":
+        if limits:
+            pytest.skip("needs a fork server, which needs Linux")
+        return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=stdout, stderr=stderr, env=env,
+                                stdin=subprocess.DEVNULL)
+    if not fork_servers:
+        fork_servers.append(ForkServer(PRELOADED, {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}))  # a child may use a GPU, then
+    modules = ["vllm_server"] if {"vllm", "tests/vllm_server.py"} & set(args) else []
+    return fork_servers[0].start(args, env, stdout, stderr, modules, **limits)
 
 
 def pytest_unconfigure():
     """End the fork server."""
-    for server in start.servers:
+    for server in fork_servers:
         server.close()
 
 
 def command(*args, timeout=PATIENCE, **options):
-    """(exit status, stdout, stderr, CPU seconds) of a command; see Starter for the arguments."""
+    """(exit status, stdout, stderr, CPU seconds) of a command; see `start` for the arguments."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = start(*args, stdout=out.fileno(), stderr=err.fileno(), **options)
@@ -294,27 +295,27 @@ class Terminal:
 class Ranks:
     """A command in two processes, as torchrun would start them; but nobody ends one when the other dies.
 
-    The leader has a Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
+    leader: its Terminal. signalled: the signal that the leader gets, and when. processes: {rank: process}.
     """
 
     def __init__(self, *args, signalled=None):
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
         env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port),
                "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        self._terminal = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
-        self.processes = {0: self._terminal.process, 1: start(
+        self.leader = Terminal(*args, env={**env, "RANK": "0", "LOCAL_RANK": "0"}, signalled=signalled)
+        self.processes = {0: self.leader.process, 1: start(
             *args, env={**env, "RANK": "1", "LOCAL_RANK": "1"}, stdout=self._file.fileno(), stderr=self._file.fileno())}
 
     def wait(self):
         """The ranks' exit statuses."""
-        return [self._terminal.wait(), self.processes[1].wait(PATIENCE)]
+        return [self.leader.wait(), self.processes[1].wait(PATIENCE)]
 
     @property
     def text(self):
         """What they have said on stderr."""
         self._file.seek(0)
-        return self._terminal.text + self._file.read().decode(errors="replace")
+        return self.leader.text + self._file.read().decode(errors="replace")
 
 
 def shows(phase, step):

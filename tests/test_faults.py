@@ -32,7 +32,7 @@ from judge import Judge
 from plumbing import checkpoints
 from plumbing.config import Config
 from plumbing.runs import Run
-from sampler import TransformersSampler
+from plumbing.transformers_sampler import TransformersSampler
 from tasks import load_tasks, split_tasks
 
 PART = r"^os\.rename \S*part "  # a checkpoint is written, and gets its name

@@ -36,6 +36,7 @@ print(used[1] - used[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_kernels_for_every_number_of_rows_are_not_kept():
     done = subprocess.run([sys.executable, "-c", KERNELS], cwd=ROOT, capture_output=True, text=True)

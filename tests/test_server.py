@@ -18,7 +18,7 @@ from judge import VERDICT_SCHEMA, ChatJudge, Judge, judge_messages, parse_verdic
 from plumbing.chat import ChatClient, ChatError
 from tasks import Criterion, Task
 
-pytestmark = [needs_vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm server")]
+pytestmark = [needs_vllm, pytest.mark.slow(60), pytest.mark.xdist_group("vllm server")]
 QUESTION = [{"role": "user", "content": "I have a cold."}]
 CRITERIA = tuple(Criterion(f"Says {word}.", points) for word, points in
                  (("to rest", 3), ("to drink water", 2), ("something rude", -4), ("to see a doctor", 1)))

@@ -56,7 +56,7 @@ def test_what_is_written_down_is_gone_on_from(tmp_path, capsys):
     (["--quick", "--cases", "long"], "--quick has a case of its own"),
 ])
 def test_bad_input_is_one_line(flags, message):
-    status, _, err, _ = command("bench/step.py", *flags)
+    status, _, err, _ = command("bench/step.py", *flags, fresh=True)
     assert status == 2 and message in err.splitlines()[-1] and "Traceback" not in err
 
 

@@ -4,14 +4,13 @@ import ast
 import inspect
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 import ruscarl
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 FOLDER = ROOT / "tutorial"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
@@ -71,21 +70,11 @@ def test_what_is_stored(name):
     assert "<summary>Answer</summary>" in notebook.cells[exercise].source and notebook.cells[-1].outputs
 
 
-@pytest.fixture(scope="module")
-def executed():
-    """{name: Future of the notebook, run again}: two at a time, since most of them use one core."""
-    environment = dict(os.environ)
-
-    def execute(name):
-        notebook = nbformat.read(FOLDER / name, as_version=4)
-        client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
-        return client.execute(env=environment)
-
-    with ThreadPoolExecutor(2) as pool:  # the longest, which are the last, first
-        yield {name: pool.submit(execute, name) for name in reversed(NOTEBOOKS)}
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_it_runs(name, executed):
-    stored = [kinds(cell) for cell in code_cells(nbformat.read(FOLDER / name, as_version=4))]
-    assert [kinds(cell) for cell in code_cells(executed[name].result())] == stored  # what is shown now is stored, too
+@pytest.mark.slow(100)
+@pytest.mark.parametrize("name", reversed(NOTEBOOKS))  # the longest, which are the last, first
+def test_it_runs(name):
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    stored = [kinds(cell) for cell in code_cells(notebook)]
+    client = NotebookClient(notebook, timeout=3 * PATIENCE, startup_timeout=PATIENCE, kernel_name="python3",
+                            resources={"metadata": {"path": str(FOLDER)}})
+    assert [kinds(cell) for cell in code_cells(client.execute(env=dict(os.environ)))] == stored  # what is shown is stored

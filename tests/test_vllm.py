@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-import vllm_sampler
 from transformers import LlamaConfig, LlamaForCausalLM
-from vllm_sampler import CPU_BLOCK, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
 import grpo
+import sampler as vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
 from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
-from sampler import SamplingParams, TransformersSampler, filtered_logprobs
+from plumbing.transformers_sampler import TransformersSampler, filtered_logprobs
+from sampler import CPU_BLOCK, SamplingParams, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, pytest.mark.xdist_group("vllm")]  # one engine at a time, and vllm is imported once
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
 STOP = 1
 
@@ -49,19 +49,20 @@ def test_a_model_that_vllm_refuses_is_one_line():
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_vllm_cannot_run_is_left_to_transformers(tmp_path):
+@pytest.mark.slow(20)
+def test_a_model_that_vllm_cannot_run_is_left_to_transformers(flags, tmp_path):
     config = LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, max_position_embeddings=2048, eos_token_id=1, bos_token_id=0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")  # heads of 8, which its CPU kernels do not know
     tiny_tokenizer().save_pretrained(tmp_path / "narrow")
-    flags = ["--model", tmp_path / "narrow", "--preset", "laptop", "--runs", tmp_path, "--steps", "1", "--held-out", "2",
-             "--eval-samples", "1", "--max-new-tokens", "8", "--max-prompt-tokens", "1500"]
+    flags = [*flags, "--model", tmp_path / "narrow", "--steps", "1"]
     status, _, err, _ = command(RUN, *flags, "--sampler", "vllm")
     assert status == 2 and "vllm refuses this model" in err and "head_dim" in err and "Traceback" not in err
-    status, _, err, _ = command(RUN, *flags)
+    status, _, err, _ = command(RUN, *flags, "--sampler", "auto")
     assert status == 0 and "sampler: transformers in" in err and "vllm refuses this model" in err
 
 
+@pytest.mark.slow
 def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_products):
     model, tokenizer = load_policy("smollm2")
     float32_products.fp32_precision = "bf16"
@@ -77,6 +78,7 @@ def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_produ
     sampler.close()
 
 
+@pytest.mark.slow
 def test_sequences_that_the_cache_cannot_hold_are_put_off_and_come_out_the_same(monkeypatch):
     model, blocks = tiny_model(1), []
     per_token = kv_bytes_per_token(model.config, torch.float32)
