@@ -166,9 +166,8 @@ class ChatClient:
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
-        Raises ChatError when all tries failed or the server refuses the request.
+        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
+        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
@@ -232,7 +231,8 @@ class ChatClient:
             except ValueError as error:  # asked at temperature 0 again, it would answer the same
                 raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+            asked = answer.headers.get("Retry-After", "")  # a date is not read
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else 0.0)
         raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
     def _outage(self, url):
@@ -293,14 +293,6 @@ class ChatClient:
         if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
-
-
-def _retry_after(answer):
-    """Seconds that the server asks to wait; 0 where it names no number of seconds."""
-    try:
-        return max(0.0, float(answer.headers.get("Retry-After", "")))
-    except ValueError:
-        return 0.0
 
 
 def _message(answer):
