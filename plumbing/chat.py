@@ -29,7 +29,7 @@ class ChatError(RuntimeError):
 
 
 class _Failed(Exception):
-    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
+    """A try that failed but may be repeated: after `pause` seconds at least, at this temperature."""
 
     def __init__(self, reason, pause=0.0, temperature=0.0):
         super().__init__(reason)
@@ -52,11 +52,6 @@ def json_object(text):
     return found, text[end:]
 
 
-def key_variable(name):
-    """The environment variable that holds the key to the judge's, proposer's or verifier's server, if there is one."""
-    return "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
-
-
 @dataclass(frozen=True)
 class Server:
     """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
@@ -65,6 +60,7 @@ class Server:
     urls: list
     model: str  # "": the only one that they serve
     extra: dict  # fields added to every request
+    key_variable: str  # environment variable of the key, if there is one
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
@@ -72,6 +68,7 @@ class Server:
 
         A password or a query in a URL is refused, because settings are written to files and shown.
         """
+        key_variable = "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
         if not urls:
             if model or extra:
                 raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
@@ -80,7 +77,7 @@ class Server:
         for url in urls.split(","):
             if set(url) & set("@?#"):
                 raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
-                                 f"${key_variable(name)}")
+                                 f"${key_variable}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
                 raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
         try:
@@ -89,12 +86,12 @@ class Server:
             raise ValueError(f"--{name}-extra is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"--{name}-extra must be a JSON object")
-        return cls(name, urls.split(","), model, fields)
+        return cls(name, urls.split(","), model, fields, key_variable)
 
     def connect(self, concurrency, **options):
         """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
-        client = ChatClient(self.urls, self.model, key_variable=key_variable(self.name), concurrency=concurrency,
-                            extra=self.extra, **options)
+        client = ChatClient(self.urls, self.model, key_variable=self.key_variable, concurrency=concurrency, extra=self.extra,
+                            **options)
         try:
             client.check(hint=f"--{self.name}-model")
         except (ConnectionError, ValueError) as error:
@@ -129,7 +126,7 @@ class ChatClient:
     def check(self, timeout=5.0, hint="--judge-model"):
         """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
 
-        Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
+        Raises ConnectionError where a server does not answer, ValueError where it does not serve the model.
         """
         for url in self.base_urls:
             try:
@@ -194,7 +191,7 @@ class ChatClient:
                 self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
+            except requests.ConnectionError as error:  # refused, or lost in the middle of an answer
                 outage = self._outage(url)
                 if outage > self.patience:
                     raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
