@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import requests
 
@@ -29,7 +28,7 @@ class ChatError(RuntimeError):
 
 
 class _Failed(Exception):
-    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
+    """A try that failed but may be repeated: after `pause` seconds at least, at this temperature."""
 
     def __init__(self, reason, pause=0.0, temperature=0.0):
         super().__init__(reason)
@@ -52,11 +51,6 @@ def json_object(text):
     return found, text[end:]
 
 
-def key_variable(name):
-    """The environment variable that holds the key to the judge's, proposer's or verifier's server, if there is one."""
-    return "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
-
-
 @dataclass(frozen=True)
 class Server:
     """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
@@ -65,6 +59,7 @@ class Server:
     urls: list
     model: str  # "": the only one that they serve
     extra: dict  # fields added to every request
+    key_variable: str  # environment variable of the key, if there is one
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
@@ -72,6 +67,7 @@ class Server:
 
         A password or a query in a URL is refused, because settings are written to files and shown.
         """
+        key_variable = "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
         if not urls:
             if model or extra:
                 raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
@@ -80,7 +76,7 @@ class Server:
         for url in urls.split(","):
             if set(url) & set("@?#"):
                 raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
-                                 f"${key_variable(name)}")
+                                 f"${key_variable}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
                 raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
         try:
@@ -89,12 +85,12 @@ class Server:
             raise ValueError(f"--{name}-extra is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"--{name}-extra must be a JSON object")
-        return cls(name, urls.split(","), model, fields)
+        return cls(name, urls.split(","), model, fields, key_variable)
 
     def connect(self, concurrency, **options):
         """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
-        client = ChatClient(self.urls, self.model, key_variable=key_variable(self.name), concurrency=concurrency,
-                            extra=self.extra, **options)
+        client = ChatClient(self.urls, self.model, key_variable=self.key_variable, concurrency=concurrency, extra=self.extra,
+                            **options)
         try:
             client.check(hint=f"--{self.name}-model")
         except (ConnectionError, ValueError) as error:
@@ -108,17 +104,16 @@ class ChatClient:
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
     for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
-    such tries are not counted. extra: fields added to every request. cut_off_is_an_answer: whether a text that ended at the
-    limit of tokens is one. counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls).
+    such tries are not counted. extra: fields added to every request. counts: calls, tries, failures, prompt_tokens,
+    completion_tokens, seconds (of calls).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.patience = timeout, retries, patience
-        self.max_tokens, self.first_pause = max_tokens, first_pause
-        self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
+        self.max_tokens, self.first_pause, self.extra = max_tokens, first_pause, extra or {}
         self.structured = True  # until a server refuses response_format
         self.counts, self.last_error = Counter(), None
         self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
@@ -131,7 +126,7 @@ class ChatClient:
     def check(self, timeout=5.0, hint="--judge-model"):
         """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
 
-        Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
+        Raises ConnectionError where a server does not answer, ValueError where it does not serve the model.
         """
         for url in self.base_urls:
             try:
@@ -168,9 +163,8 @@ class ChatClient:
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
-        Raises ChatError when all tries failed or the server refuses the request.
+        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
+        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
@@ -196,7 +190,7 @@ class ChatClient:
                 self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
+            except requests.ConnectionError as error:  # refused, or lost in the middle of an answer
                 outage = self._outage(url)
                 if outage > self.patience:
                     raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
@@ -234,7 +228,8 @@ class ChatClient:
             except ValueError as error:  # asked at temperature 0 again, it would answer the same
                 raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+            asked = answer.headers.get("Retry-After", "")  # a date is not read
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else 0.0)
         raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
     def _outage(self, url):
@@ -295,21 +290,9 @@ class ChatClient:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError
-        if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
+        if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
-
-
-def _retry_after(answer):
-    """Seconds the server asks to wait, from a number or a date; 0 where it asks for nothing readable."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
 
 
 def _message(answer):

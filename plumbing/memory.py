@@ -163,6 +163,6 @@ def device_bytes(config, device):
 
 
 def vllm_share(config, parts):
-    """The share of the GPU that vLLM may fill while it is awake: what can be filled, less what is always there."""
+    """The share of the GPU that vLLM may fill while it samples: what can be filled, less what is always there."""
     always = sum(part.bytes for part in parts if part.place == "device" and part.when == "always")
     return max(0.05, (device_bytes(config, "cuda") - always + LIBRARIES["vllm on cuda"]) / torch.cuda.mem_get_info()[1])

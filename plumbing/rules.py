@@ -5,7 +5,7 @@ A criterion is ruled when its tags say so, in the tag form of the official Rusca
     "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
 
 `rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
-decided). Each rule is a factory that checks its parameters when the task file is loaded, not when a response is judged.
+decided). Parameters are checked when the task file is loaded, not when a response is judged.
 """
 
 import inspect
@@ -52,6 +52,9 @@ def rule_from_tags(tags):
     needed = {parameter for parameter, value in known.items() if value.default is value.empty}
     if not needed <= set(parameters) <= set(known):
         raise ValueError(f"{name} takes {', '.join(known) or 'no parameters'}, got {shown(list(parameters))}")
+    for parameter in {"limit", "items", "count"} & set(parameters):
+        if type(parameters[parameter]) is not int or parameters[parameter] < 1:
+            raise ValueError(f"{parameter} must be a whole number of at least 1, got {shown(parameters[parameter])}")
     return RULES[name](**parameters)
 
 
@@ -79,12 +82,6 @@ def _phrases(words):
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
         raise ValueError(f"words must be a list of non-empty strings, got {shown(words)}")
     return [normalize(word) for word in words]
-
-
-def _count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
-    return value
 
 
 BEFORE, AFTER = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; _ may be Markdown's
@@ -132,13 +129,11 @@ def ends_a_sentence():
 
 def max_words(limit):
     """One word or more, and at most `limit`."""
-    limit = _count("limit", limit)
     return lambda text: 1 <= len(text.split()) <= limit
 
 
 def min_words(limit):
     """At least `limit` words."""
-    limit = _count("limit", limit)
     return lambda text: len(text.split()) >= limit
 
 
@@ -150,31 +145,26 @@ def sentences(text):
 
 def max_sentences(limit):
     """One sentence or more, and at most `limit`."""
-    limit = _count("limit", limit)
     return lambda text: 1 <= sentences(text) <= limit
 
 
 def min_sentences(limit):
     """At least `limit` sentences."""
-    limit = _count("limit", limit)
     return lambda text: sentences(text) >= limit
 
 
 def numbered_list(items=2):
     """At least `items` lines that begin with a number: "1. ..." or "1) ..."."""
-    items = _count("items", items)
     return lambda text: len(regex.findall(r"(?m)^\s*\d+[.)]\s", text)) >= items
 
 
 def bullet_list(items=2):
     """At least `items` lines that begin with -, * or a bullet."""
-    items = _count("items", items)
     return lambda text: len(regex.findall(r"(?m)^\s*[-*\u2022]\s", text)) >= items
 
 
 def asks_question(count=1):
     """At least `count` question marks."""
-    count = _count("count", count)
     return lambda text: text.count("?") >= count
 
 

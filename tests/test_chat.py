@@ -69,10 +69,10 @@ def test_a_400_for_another_reason_is_final(server):
 
 
 def test_retry_after_is_honoured(server):
-    server.answers = lambda body, n: (429, {"Retry-After": "0.7"}, "") if n == 1 else GOOD
+    server.answers = lambda body, n: (429, {"Retry-After": "1"}, "") if n == 1 else GOOD
     start = time.monotonic()
     assert verdict(client(server)) is True
-    assert 0.7 <= time.monotonic() - start < 3
+    assert 1 <= time.monotonic() - start < 3
 
 
 def test_a_server_that_hangs_is_left(server):
