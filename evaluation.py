@@ -1,18 +1,12 @@
 """Evaluation of a model on tasks with rubrics: HealthBench's procedure, Best-of-N, novelty, diversity, entropy.
 
-Every task is asked plainly, without scaffold, --samples times. With --base, a second model is evaluated on the same tasks,
-and the two are compared.
+Every task is asked plainly, without scaffold, --samples times. With --base, the model is compared with a second one.
 
     python evaluation.py runs/NAME --base smollm2                    a run, with its own settings, on its held-out tasks
     python evaluation.py Qwen/Qwen2.5-7B-Instruct --judge-url URL    HealthBench, sampled as in the paper
 
-Everything is written into the folder --output. samples.jsonl has a line for each response: side ("model" or "base"), task
-(its id), sample (0..K-1), text, token_ids, finished, and for each judge verdicts (True, False, or None where the verdict
-could not be had) and rewards (the score). A response that is judged again gets another line; the last one counts.
-
-The same command, given again, asks only what is missing, unknown verdicts included. With another judge (--judge,
---judge-url, --judge-model) it judges the kept responses again, without sampling, and shows how far the judges agree. The
-table, the pictures and results.json are made anew each time.
+Everything is written into the folder --output, see docs/evaluation.md. The same command, given again, asks only what is
+missing, unknown verdicts included. With another judge it judges the kept responses again, without sampling.
 """
 
 from plumbing.config import parse_evaluation as parse_command_line
@@ -34,11 +28,10 @@ from plumbing import prepare, terminal
 from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
 from plumbing.rules import rule_from_tags
-from plumbing.runs import JsonLines, claim
+from plumbing.runs import JsonLines, claim, read_object
 from ruscarl import make_rollouts, sample_and_judge, sampling
 from tasks import digest, load_tasks, split_tasks
 from tools import measures
-from tools.embedding import load_embedding
 
 # Settings that every start on one folder must have in common. The judge may change: verdicts are kept for each judge.
 KEPT = ("model", "base", "tasks", "held_out", "samples", "seed", "max_new_tokens", "max_prompt_tokens", "temperature",
@@ -46,10 +39,7 @@ KEPT = ("model", "base", "tasks", "held_out", "samples", "seed", "max_new_tokens
 
 
 def evaluate(config):
-    """Evaluate, write results.json and the pictures into config.output; returns what is in results.json, a dict.
-
-    Raises ValueError or OSError for a mistake of the user's, in one line; what can be checked without weights comes first.
-    """
+    """Evaluate, write results.json and the pictures into config.output; returns what is in results.json, a dict."""
     tasks = load_tasks(config.tasks, need_rubrics=False)
     check_held_out(config, tasks)
     prepare.check_judge(config, tasks)
@@ -57,7 +47,7 @@ def evaluate(config):
     server = config.server("judge")
     client = server.connect(config.judge_concurrency) if server else None
     try:
-        embed = load_embedding(config.embedding) if config.embedding else None
+        embed = measures.load_embedding(config.embedding) if config.embedding else None
         loaded = {side: load_config(folder) for side, folder in folders.items()}  # (config, tokenizer) of each
         for model_config, _ in loaded.values():
             prepare.check_context(config, model_config)
@@ -74,15 +64,15 @@ def evaluate(config):
     finally:
         if client is not None:
             client.close()
-    settings, judges = (samples.folder / "settings.json").read_text(encoding="utf-8"), samples.judges()
-    results = {"settings": json.loads(settings), "judges": judges,
-               "last_judge_error": client.last_error if client else None, "comparison": {}, "novelty": None,
+    judges = list(dict.fromkeys([samples.judge, *(judge for row in samples.rows for judge in row["verdicts"])]))
+    results = {"settings": read_object(samples.folder / "settings.json"), "judges": judges, "comparison": {},
+               "novelty": None, "last_judge_error": client.last_error if client else None,
                "models": {side: {"name": getattr(config, side), "entropy": entropy[side],
                                  **measures.model_figures(tasks, samples.of(side), judges, embed)} for side in folders}}
     if config.base:
         for judge in judges:
-            scores, others = (measures.score_matrix(samples.of(side), judge) for side in ("model", "base"))
-            results["comparison"][judge] = measures.paired(scores, others)
+            scores = [measures.score_matrix(samples.of(side), judge) for side in folders]
+            results["comparison"][judge] = measures.paired(*scores)
         if comparable:
             results["novelty"] = measures.novelty(numpy.subtract(logps["model"]["model"], logps["base"]["model"]))
         else:
@@ -95,8 +85,7 @@ def evaluate(config):
 class Samples(JsonLines):
     """samples.jsonl in config.output: the responses to `tasks` and the verdicts of each judge on them.
 
-    client: ChatClient of the judge, or None. judge: the judge's name, under which its verdicts are kept: "rules", "self" or
-    the name of the model that is asked, "rules and ..." where rules decide some of the criteria. tasks: {id: Task}, as the
+    client: ChatClient of the judge, or None. judge: the name under which its verdicts are kept. tasks: {id: Task}, as the
     judge is asked about them. Raises ValueError where the folder was made with other settings.
     """
 
@@ -118,8 +107,9 @@ class Samples(JsonLines):
     def check(self, row):
         """Raise ValueError for a line of samples.jsonl that is not a judged response to one of the tasks."""
         kinds = {"side": str, "text": str, "token_ids": list, "finished": bool, "verdicts": dict, "rewards": dict}
-        task, whole = self.tasks.get(row.get("task")), all(isinstance(row.get(name), kind) for name, kind in kinds.items())
-        if not (whole and task and row["sample"] in range(self.count)
+        task = self.tasks.get(row["task"])
+        if not (task and all(isinstance(row[name], kind) for name, kind in kinds.items())
+                and row["sample"] in range(self.count)
                 and all(len(verdicts) == len(task.rubric) for verdicts in row["verdicts"].values())):
             raise ValueError("not a judged response to one of the tasks")
 
@@ -139,10 +129,6 @@ class Samples(JsonLines):
         kept = self.kept(side)
         return [[kept[task, number] for number in range(self.count)] for task in self.tasks]
 
-    def judges(self):
-        """The names of all judges whose verdicts are kept; the one that judges now is first."""
-        return list(dict.fromkeys([self.judge, *(judge for row in self.rows for judge in row["verdicts"])]))
-
 
 def check_held_out(config, tasks):
     """Raise ValueError where a run was trained on other tasks than these: which ones it has not seen is then unknown."""
@@ -153,7 +139,7 @@ def check_held_out(config, tasks):
 
 
 def choose_tasks(config, tasks, tokenizers):
-    """The tasks to evaluate on. None is left out for its length: a question that is too long raises ValueError."""
+    """The tasks to evaluate on. Raises ValueError for a question that is too long."""
     if config.held_out:  # as a run splits them: what is too long with the scaffold was dropped first
         tasks = split_tasks(prepare.drop_long(config, tasks, tokenizers[0])[0], config.held_out)[1]
     for task in tasks:
@@ -165,10 +151,8 @@ def choose_tasks(config, tasks, tokenizers):
 
 
 def evaluate_model(config, side, folder, samples, client, owners):
-    """Complete the samples of one side with the model in `folder`, then read those of all `owners` (sides) with it.
-
-    Returns ({owner: mean log-probability of each of its responses}, entropy of the model over its own responses).
-    """
+    """Complete the samples of one side with the model in `folder`, then read those of all `owners` (sides) with it: returns
+    ({owner: mean log-probability of each of its responses}, entropy of the model over its own responses)."""
     policy, tokenizer = load_policy(folder)
     claim(samples.folder, {f"weights of {getattr(config, side)}": fingerprint(policy)}, "samples.jsonl")
     complete(config, side, samples, policy, tokenizer, client)
@@ -192,11 +176,7 @@ def fingerprint(model):
 
 
 def complete(config, side, samples, policy, tokenizer, client):
-    """Ask for the verdicts and sample the responses that are missing; every config.chunk of them are written down.
-
-    The seed of a response is its address: (seed, "evaluation", place of the task, sample). Unknown verdicts of an earlier
-    start are asked again, those of this start are not.
-    """
+    """Ask for the verdicts and sample the responses that are missing; every config.chunk of them are written down."""
     tasks, kept = list(samples.tasks.values()), samples.kept(side)
     unjudged = [sample for sample in kept.values() if None in sample["verdicts"].get(samples.judge, [None])]
     rollouts = make_rollouts(tasks, [0.0] * config.samples, tokenizer, (config.seed, "evaluation"))
@@ -211,10 +191,7 @@ def complete(config, side, samples, policy, tokenizer, client):
     try:
         with terminal.progress(len(rollouts) + len(unjudged), len(kept), "response"):
             for i in range(0, len(unjudged), config.chunk):
-                terminal.phase("judging kept responses")
-                chunk = unjudged[i : i + config.chunk]
-                judge_again(judge, samples, chunk)
-                terminal.advance(len(chunk))
+                judge_again(judge, samples, unjudged[i : i + config.chunk])
             for i in range(0, len(missing), config.chunk):
                 chunk, _ = sample_and_judge(missing[i : i + config.chunk], sampler, judge, tokenizer, sampling(config))
                 samples.add([{"side": side, "task": r.task.id, "sample": r.sample, "text": r.text, "finished": r.finished,
@@ -230,6 +207,7 @@ def complete(config, side, samples, policy, tokenizer, client):
 
 def judge_again(judge, samples, chunk):
     """Have `judge` decide the verdicts that it has not given on the samples in `chunk`, and add them to `samples`."""
+    terminal.phase("judging kept responses")
     asked = []
     for sample in chunk:
         task = samples.tasks[sample["task"]]
@@ -242,6 +220,7 @@ def judge_again(judge, samples, chunk):
         for i, future in zip(unknown, futures, strict=True):
             verdicts[i] = future.result()
     samples.add(chunk)
+    terminal.advance(len(chunk))
 
 
 def response_statistics(model, prompts, responses, token_budget):
@@ -265,9 +244,8 @@ def main(config):
     print(f"\n{config.output}/: results.json, samples.jsonl, pictures")
     judged = [model["judges"][results["judges"][0]] for model in results["models"].values()]
     if unknown := sum(found["unknown"] for found in judged):
-        reason = results["last_judge_error"]
-        terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again"
-                     + (f". The last error: {reason}" if reason else ""))
+        terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again. "
+                     f"The last error: {results['last_judge_error']}")
     return 1 if any(found["score"] is None and found["verdicts"] for found in judged) else 0
 
 

@@ -7,12 +7,10 @@ The two best responses go back to the proposer, which rewrites the rubric so tha
     python refine.py prompts.jsonl --responses evaluations/*/samples.jsonl --proposer-url URL
     python ruscarl.py --tasks refined/prompts/tasks.jsonl
 
-Unlike the official code: a refinement is kept only if it separates the two responses and leaves the order of the others;
-equal scores are drawn from by seed; an unknown verdict is not a "no"; a prompt keeps its last rubric where a server fails.
-The folder --output keeps every decision with its reason: the same command, given again, continues.
+A refinement is kept only if it separates the two responses and leaves the order of the others; docs/differences.md tells
+what else differs from the official code. The same command, given again, continues.
 """
 
-import json
 import math
 import random
 from collections import Counter
@@ -27,14 +25,14 @@ from judge import score
 from plumbing.chat import ChatError
 from plumbing.config import parse_refinement as parse_command_line
 from plumbing.rules import shown
-from plumbing.runs import JsonLines, claim, read_object, write_whole
+from plumbing.runs import JsonLines, as_lines, claim, write_whole
 from plumbing.terminal import run_command, say
 from tasks import digest, load_tasks, read_jsonl
 from tools.proposer import ChatProposer, Verifier
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
 KEPT = ("seed", "start", "rounds", "max_reversed", "always")  # settings that decisions depend on
-DECISION = ("prompt_id", "rubric", "begun_with", "rounds", "stopped", "verdicts", "unknown", "failure")  # of progress.jsonl
+DECISION = ("prompt_id", "rubric", "begun_with", "rounds", "stopped", "unknown", "failure")  # fields of progress.jsonl
 
 
 class Pool:
@@ -60,8 +58,8 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
     """Write a rubric for `task` and refine it on the responses `texts`.
 
     rng: random.Random, for ties and for which response is called A. start: first rubric (default: the proposer's). Returns
-    (rubric, log); log: begun_with, rounds (of each: pair, scores, tied, kept, why), stopped (why), verdicts (how many),
-    unknown (how many of these), failure (of the proposer, or None). Raises ChatError where there is no first rubric.
+    (rubric, log); log: begun_with, rounds (of each: pair, scores, tied, kept, why), stopped (why), unknown (number of such
+    verdicts), failure (of the proposer, or None). Raises ChatError where there is no first rubric.
     """
     pool, unused, log = Pool(task, texts, verifier), set(range(len(texts))), []
     begun_with = rubric = tuple(start or proposer.propose(task))
@@ -87,8 +85,7 @@ def refine_task(task, texts, proposer, verifier, rng, *, rounds=4, max_reversed=
             stopped = "nothing improves"
             break
     unknown = sum(verdict is None for verdicts in pool.known.values() for verdict in verdicts)
-    return rubric, {"begun_with": begun_with, "rounds": log, "stopped": stopped, "unknown": unknown,
-                    "verdicts": sum(map(len, pool.known.values())), "failure": failure}
+    return rubric, {"begun_with": begun_with, "rounds": log, "stopped": stopped, "unknown": unknown, "failure": failure}
 
 
 def best_two(scores, unused, rng):
@@ -110,7 +107,7 @@ def refinement(pool, rubric, pair, proposer, max_reversed):
         return rubric, "nothing new"
     before, after = pool.scores(rubric), pool.scores(new)
     first, second = (after[i] for i in pair)
-    if first is None or second is None:
+    if None in (first, second):
         return rubric, "a verdict on the pair is unknown"
     if first == second:
         return rubric, "does not separate the pair"
@@ -134,20 +131,16 @@ def reversed_share(before, after):
 
 def tail_kl(beta):
     """KL(aligned, base) in nats, the same for every proxy: E[u] / beta - log(beta (e^(1 / beta) - 1)), where E[u] is the win
-    rate of the right order. Raises ValueError for a beta that is not above 0."""
+    rate of the right order."""
     return max(0.0, (tail_win_rate(beta) - 1) / beta - math.log(-math.expm1(-1 / beta) * beta))
 
 
 def tail_win_rate(beta, top_reversed=0.0, bottom_reversed=0.0):
-    """Chance that an aligned response has a higher gold reward than a response of the base policy: E[f^-1(u)], in [0, 1].
-
-    The proxy reverses the order within the best `top_reversed` and within the worst `bottom_reversed` of all responses.
-    Raises ValueError for a beta that is not above 0, and for shares that are negative or have a sum above 1.
-    """
-    if not 1e-300 < beta < math.inf:
-        raise ValueError(f"beta must be above 0 (1e-300) and finite, got {beta}")
-    if not (top_reversed >= 0 and bottom_reversed >= 0 and top_reversed + bottom_reversed <= 1):
-        raise ValueError(f"shares must be at least 0 and together at most 1, got {top_reversed} and {bottom_reversed}")
+    """Chance that an aligned response has a higher gold reward than one of the base policy: E[f^-1(u)], in [0, 1]. The proxy
+    reverses the order within the best `top_reversed` and within the worst `bottom_reversed` of all responses."""
+    if not (1e-300 < beta < math.inf and top_reversed >= 0 and bottom_reversed >= 0 and top_reversed + bottom_reversed <= 1):
+        raise ValueError("beta must be above 0 and finite, shares must be at least 0 and together at most 1, got "
+                         f"{beta}, {top_reversed} and {bottom_reversed}")
     win_rate, top = 0.0, 1 - top_reversed  # f^-1 is linear in each of three pieces
     for low, high, mirrored in ((0.0, bottom_reversed, True), (bottom_reversed, top, False), (top, 1.0, True)):
         x = (high - low) / beta
@@ -159,36 +152,28 @@ def tail_win_rate(beta, top_reversed=0.0, bottom_reversed=0.0):
 
 def read_responses(paths, known):
     """{task id: texts} of the files `paths`; equal texts of a task count once, empty ones not at all. known: the task ids.
-
-    A line is {"task": id, "text": text, ...}, as evaluation.py writes it, or {"prompt_id": id, "responses": [texts]}.
-    Raises OSError, or ValueError with file, line and field.
-    """
+    A line is {"task": id, "text": text, ...}, as evaluation.py writes it, or {"prompt_id": id, "responses": [texts]}."""
     found = {identity: {} for identity in known}  # {id: {text: None}}: a set that keeps its order
     for path in paths:
         for place, record in read_jsonl(path):
             record = record if isinstance(record, dict) else {}
             key, field = ("task", "text") if "task" in record else ("prompt_id", "responses")
-            if not isinstance(record.get(key), str) or record[key] not in found:
-                raise ValueError(f"{place}: {key}: no prompt has this id: {shown(record.get(key))}")
-            texts = record.get(field) if field == "responses" else [record.get(field)]
+            identity, texts = record.get(key), record.get(field)
+            if not isinstance(identity, str) or identity not in found:
+                raise ValueError(f"{place}: {key}: no prompt has this id: {shown(identity)}")
+            texts = [texts] if field == "text" else texts
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{place}: {field}: must be a {'list of strings' if field == 'responses' else 'string'}")
-            found[record[key]].update(dict.fromkeys(text for text in texts if text.strip()))
+                raise ValueError(f"{place}: {field}: must be text")
+            found[identity].update(dict.fromkeys(text for text in texts if text.strip()))
     return {identity: list(texts) for identity, texts in found.items()}
 
 
 class Decisions:
-    """progress.jsonl in `folder`, a line a decision on a prompt, and usage.json, calls and tokens of all starts.
+    """progress.jsonl. of: {prompt id: its last line, see DECISION}. errors: {prompt id: why there is no first rubric}."""
 
-    of: {prompt id: its last line, see DECISION}. clients: {server: ChatClient}. Raises ValueError for a damaged file.
-    """
-
-    def __init__(self, folder, clients):
-        self.clients, self.usage_path, self.errors = clients, folder / "usage.json", {}
-        self.lines = JsonLines(folder / "progress.jsonl", check=itemgetter(*DECISION))
+    def __init__(self, folder):
+        self.lines, self.errors = JsonLines(folder / "progress.jsonl", check=itemgetter(*DECISION)), {}
         self.of = {record["prompt_id"]: record for record in self.lines.rows}
-        earlier = read_object(self.usage_path) if self.usage_path.exists() else {}
-        self.earlier = {server: Counter(earlier.get(server)) for server in {**earlier, **clients}}
 
     def add(self, task, rubric, log):
         """Append the decision on a task, unless an earlier start, whose servers failed less, made a better one."""
@@ -198,19 +183,11 @@ class Decisions:
         if how_far(record) >= how_far(self.of.get(task.id, record)):
             self.of[task.id] = record
             self.lines.append([record])
-        self.usage()
 
     def missing(self, task):
         """Why another start could do better on a task, such as a server that failed; None where it could not."""
         record = self.of.get(task.id, {"failure": self.errors.get(task.id, "not begun")})
         return record["failure"] or (f"{record['unknown']} verdicts are unknown" if record["unknown"] else None)
-
-    def usage(self):
-        """{server: counts of all starts}, also written to usage.json."""
-        counts = self.earlier | {server: self.earlier[server] + Counter(client.usage())
-                                 for server, client in self.clients.items()}
-        write_whole(self.usage_path, json.dumps(counts, indent=1) + "\n")
-        return counts
 
 
 def how_far(record):
@@ -219,7 +196,7 @@ def how_far(record):
 
 
 def refine(config):
-    """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions). Raises ValueError or OSError."""
+    """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions, {server: its ChatClient's usage})."""
     everything = load_tasks(config.tasks, need_rubrics=config.start == "own")
     tasks = everything[: config.limit or None]
     responses = read_responses(config.responses, [task.id for task in everything])
@@ -231,7 +208,7 @@ def refine(config):
     folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
     settings |= {f"{name}_model": client.model for name, client in clients.items()}
     claim(folder, {**settings, "hash of the tasks and responses": digest([everything, responses])}, "progress.jsonl")
-    decisions, threads = Decisions(folder, clients), ThreadPoolExecutor(config.judge_concurrency)
+    decisions, threads = Decisions(folder), ThreadPoolExecutor(config.judge_concurrency)
     try:
         futures = {threads.submit(refine_task, task, responses[task.id], proposer, verifier,
                                   random.Random(f"{config.seed} refine {task.id}"), rounds=config.rounds,
@@ -245,31 +222,28 @@ def refine(config):
                 decisions.errors[futures[future].id] = str(error)
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        decisions.usage()
         for client in clients.values():
             client.close()
     lines = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": decisions.of[task.id]["rubric"],
               "example_tags": list(task.tags)} for task in tasks if task.id in decisions.of]
-    write_whole(folder / "tasks.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return tasks, decisions
+    write_whole(folder / "tasks.jsonl", as_lines(lines))
+    return tasks, decisions, {server: Counter(client.usage()) for server, client in clients.items()}
 
 
 def main(config):
     """Refine and print what came out. Returns the exit status: 1 where a prompt is not done."""
-    tasks, decisions = refine(config)
+    tasks, decisions, usage = refine(config)
     done = [decisions.of[task.id] for task in tasks if task.id in decisions.of]
     rounds = [entry for record in done for entry in record["rounds"]]
     first, last = (sum(len(record[key]) for record in done) / max(len(done), 1) for key in ("begun_with", "rubric"))
     print(f"{len(done)} rubrics: {first:.1f} criteria at first, {last:.1f} now")
-    print(f"{len(rounds)} refinements, {sum(entry['tied'] > 0 for entry in rounds)} of pairs drawn among equals, "
-          f"{sum(entry['kept'] for entry in rounds)} kept")
+    print(f"{len(rounds)} refinements, {sum(entry['kept'] for entry in rounds)} kept")
     whys = [f"not kept: {entry['why']}" for entry in rounds if not entry["kept"]]
     for why, count in Counter(whys + [f"stopped: {record['stopped']}" for record in done]).most_common():
         print(f"  {count} {why}")
-    print(f"{sum(record['unknown'] for record in done)} of {sum(record['verdicts'] for record in done)} verdicts unknown")
-    for server, counts in decisions.usage().items():
-        print(f"{server}: {counts['calls']} calls ({counts['tries'] - counts['calls']} repeated tries, {counts['failures']} "
-              f"failed), {counts['prompt_tokens']:,} + {counts['completion_tokens']:,} tokens")
+    for server, counts in usage.items():
+        print(f"{server}: {counts['calls']} calls ({counts['failures']} failed), {counts['prompt_tokens']:,} + "
+              f"{counts['completion_tokens']:,} tokens")
     print(f"{config.output}/: tasks.jsonl for ruscarl.py --tasks, progress.jsonl with every decision")
     if missing := [why for task in tasks if (why := decisions.missing(task))]:
         say(f"{len(missing)} prompts are not done; the same command continues with them. The last reason: {missing[-1]}")

@@ -295,9 +295,7 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     assert model.kinds[before:].count("You write") == 1 + len(cut)
     assert not any(record["failure"] for record in {r["prompt_id"]: r for r in read(out / "progress.jsonl")}.values())
     assert [task.id for task in load_tasks(out / "tasks.jsonl")] == ["0", "1", "2", "3"]
-    usage, before = json.loads((out / "usage.json").read_text()), len(model.kinds)
-    assert usage["proposer"]["tries"] == len(model.kinds)  # of both starts together
-    whole = (out / "progress.jsonl").read_bytes()
+    before, whole = len(model.kinds), (out / "progress.jsonl").read_bytes()
     (out / "progress.jsonl").write_bytes(whole + b'{"prompt_id": "torn')
     status, _, err, _ = command(REFINE, *flags)
     assert status == 0 and len(model.kinds) == before and (out / "progress.jsonl").read_bytes() == whole, err
@@ -308,37 +306,23 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
 
 
 def test_a_worse_decision_does_not_replace_a_better_one(tmp_path):
-    decisions = Decisions(tmp_path, {})
+    decisions = Decisions(tmp_path)
     assert decisions.missing(TASK)
-    log = {"begun_with": (), "rounds": [{"kept": True}], "stopped": "", "verdicts": 9, "unknown": 1, "failure": None}
+    log = {"begun_with": (), "rounds": [{"kept": True}], "stopped": "", "unknown": 1, "failure": None}
     decisions.add(TASK, (has("a"),), log)
     for change in ({"failure": "gone", "unknown": 0}, {"unknown": 5}, {"rounds": []}):
         decisions.add(TASK, (has("b"),), log | change)
     assert decisions.of["t"]["rubric"][0]["criterion"] == "a" and len(read(tmp_path / "progress.jsonl")) == 1
     assert decisions.missing(TASK) == "1 verdicts are unknown"
     decisions.add(TASK, (has("c"),), log | {"unknown": 0})
-    again = Decisions(tmp_path, {})
+    again = Decisions(tmp_path)
     assert again.of["t"]["rubric"][0]["criterion"] == "c" and again.missing(TASK) is None
 
 
-def test_what_is_kept_is_checked_and_counted_on(tmp_path):
-    class Client:
-        def usage(self):
-            return {"calls": 2, "seconds": 0.5}
-
-    usage = tmp_path / "usage.json"
-    Decisions(tmp_path, {"proposer": Client(), "verifier": Client()}).usage()
-    Decisions(tmp_path, {"proposer": Client()}).usage()
-    assert json.loads(usage.read_text()) == {"proposer": {"calls": 4, "seconds": 1.0},
-                                             "verifier": {"calls": 2, "seconds": 0.5}}
-    for text, what in (("{", "unreadable"), ("[]", "must be a JSON object")):
-        usage.write_text(text)
-        with pytest.raises(ValueError, match=rf"usage\.json: {what}"):
-            Decisions(tmp_path, {})
-    usage.unlink()
+def test_what_is_kept_is_checked(tmp_path):
     write_lines(tmp_path / "progress.jsonl", [{"prompt_id": "t", "rubric": [], "begun_with": []}])
     with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: 'rounds'"):
-        Decisions(tmp_path, {})
+        Decisions(tmp_path)
 
 
 def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):

@@ -18,7 +18,7 @@ from plumbing.chat import ChatClient
 from plumbing.policy import load_config, load_policy
 from plumbing.terminal import side_by_side
 from tasks import Criterion, load_tasks
-from tools.embedding import load_embedding
+from tools.measures import load_embedding
 
 SHORT = ["--max-new-tokens", "12", "--max-prompt-tokens", "1500", "--dtype", "float32", "--sampler", "transformers"]
 TRAINING = ["--steps", "1", "--group-size", "2", "--batch-size", "2", "--mini-batch-size", "2", "--held-out", "2",

@@ -58,6 +58,13 @@ def interval(statistic, truth, verdicts, owners, draws=1000):
     return numpy.percentile(values, [2.5, 97.5])
 
 
+def equal_verdicts(truth, verdicts, owners):
+    """{"agreement": share of equal verdicts, "balanced F1": `balanced_f1`}, each as (value, low, high): its 95% interval."""
+    statistics = {"agreement": lambda truth, verdicts: (truth == verdicts).mean(), "balanced F1": balanced_f1}
+    return {name: (float(statistic(truth, verdicts)), *interval(statistic, truth, verdicts, owners).tolist())
+            for name, statistic in statistics.items()}
+
+
 def calibrate_judge(config):
     """`calibrate` the judge at --judge-url. Raises ValueError for a server that cannot judge."""
     client = config.server("judge").connect(config.judge_concurrency)
@@ -68,10 +75,7 @@ def calibrate_judge(config):
 
 
 def calibrate(judge):
-    """Ask `judge` (a ChatJudge) about every known case and print what came back; returns whether there was any verdict.
-
-    Verdicts that could not be had are counted apart.
-    """
+    """Ask `judge` (a ChatJudge) about every known case and print what came back; returns whether there was any verdict."""
     cases, start = known_cases(), time.monotonic()
     futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
     answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
@@ -90,9 +94,8 @@ def print_agreement(judged):
     """Print how often verdicts are right. judged: (criterion, truth, verdict, number of the response) of each."""
     truth, verdicts = (numpy.array([row[i] for row in judged]) for i in (1, 2))
     print(f"\n{'':14s}{'':>8s}  95% interval, over responses")
-    for name, statistic in (("agreement", lambda truth, verdicts: (truth == verdicts).mean()), ("balanced F1", balanced_f1)):
-        low, high = interval(statistic, truth, verdicts, [owner for *_, owner in judged])
-        print(f"{name:14s}{statistic(truth, verdicts):>8.3f}  {low:.3f} to {high:.3f}")
+    for name, (value, low, high) in equal_verdicts(truth, verdicts, [owner for *_, owner in judged]).items():
+        print(f"{name:14s}{value:>8.3f}  {low:.3f} to {high:.3f}")
     print(f"always {'met' if truth.mean() > 0.5 else 'not met'} would agree in {max(truth.mean(), 1 - truth.mean()):.3f}")
     for sign, points in (("positive", 1), ("negative", -1)):
         table = Counter((known, said) for criterion, known, said, _ in judged if criterion.points * points > 0)

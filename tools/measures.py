@@ -1,20 +1,22 @@
-"""Figures of an evaluation, from scores, verdicts and texts; the same as a table and as pictures.
+"""Figures of an evaluation, from scores, verdicts, texts and their embeddings; the same as a table and as pictures.
 
 Scores come as one matrix [tasks, K]: K responses to each task, NaN where a response has no score. All errors are of a
 bootstrap over tasks: 1,000 resamples with a fixed seed.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import numpy
+import torch
 from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
+from transformers import AutoModel, AutoTokenizer
 
 from judge import score
-from plumbing.rules import rule_from_tags
+from plumbing.policy import why_refused
 from plumbing.terminal import one_line
-from tools.checks import balanced_f1, interval
+from tools.checks import equal_verdicts
 
 RULE_TAGS = ("verifier:", "function:", "parameters:")  # say how a criterion is checked, not what it is about
 
@@ -26,33 +28,31 @@ def known_means(scores, weights):
         return (weights @ numpy.where(known, scores, 0.0)) / (weights @ known)
 
 
-def bootstrap(scores, draws=1000):
-    """`known_means` of each resample of the tasks: [draws, K]. scores: [tasks, K]."""
-    tasks = len(scores)
-    return known_means(scores, numpy.random.default_rng(0).multinomial(tasks, numpy.full(tasks, 1 / tasks), size=draws))
+@lru_cache(4)
+def resamples(tasks):
+    """How often each of `tasks` tasks is in each of 1,000 bootstrap resamples: [1000, tasks]."""
+    return numpy.random.default_rng(0).multinomial(tasks, numpy.full(tasks, 1 / tasks), size=1000)
 
 
 def mean_over_tasks(values):
-    """{mean, se, low, high, tasks} of one value a task, low to high being the 95% interval; None for what no task has."""
-    values = numpy.asarray(values, dtype=float)[:, None]
+    """{mean, se, low, high, tasks} of one value a task, low to high being the 95% interval. NaN is left out."""
+    values = numpy.asarray(values, dtype=float)
+    values = values[~numpy.isnan(values)]
     if not len(values):
         return {"mean": None, "se": None, "low": None, "high": None, "tasks": 0}
-    drawn = bootstrap(values)
+    drawn = resamples(len(values)) @ values / len(values)
     low, high = numpy.percentile(drawn, [2.5, 97.5]).tolist()
     return {"mean": float(values.mean()), "se": float(drawn.std()), "low": low, "high": high, "tasks": len(values)}
 
 
 def healthbench(scores):
-    """HealthBench's reported score. scores: [tasks, K], not clipped; column k is run k, one response an example.
-
-    A run's score is the mean over its examples, clipped to [0, 1]; with several runs, the mean of theirs. Its error is the
-    standard deviation of that figure over bootstrap resamples. Examples without any known score are left out. Returns
-    score, score_se, mean and mean_se (not clipped), runs (their scores), tasks (examples); None where nothing is known.
-    """
+    """HealthBench's reported score: a run's mean over tasks, clipped to [0, 1]; the mean of all runs. scores: [tasks, K],
+    not clipped; column k is run k. Returns score and mean (not clipped), their errors score_se and mean_se, runs (their
+    scores), tasks (those with a known score); None where nothing is known."""
     scores = scores[~numpy.isnan(scores).all(axis=1)]
     if not len(scores):
         return {"score": None, "score_se": None, "mean": None, "mean_se": None, "runs": [], "tasks": 0}
-    means, drawn = known_means(scores, numpy.ones(len(scores))), bootstrap(scores)  # [K], [draws, K]
+    means, drawn = (known_means(scores, weights) for weights in (numpy.ones(len(scores)), resamples(len(scores))))
     found = {"runs": [None if math.isnan(run) else float(run) for run in means.clip(0, 1)], "tasks": len(scores)}
     for name, low, high in (("score", 0, 1), ("mean", -math.inf, math.inf)):
         found[name] = float(numpy.nanmean(means.clip(low, high)))
@@ -61,10 +61,8 @@ def healthbench(scores):
 
 
 def tag_scores(task, verdicts):
-    """{tag: score} of one response, as HealthBench counts them. Tags that name a criterion's rule are left out.
-
-    A tag of the task has the whole score; a tag of criteria has the score on these criteria alone. Left out where undefined.
-    """
+    """{tag: score} of one response as in HealthBench: the whole score for a tag of the task, the score on the criteria that
+    have it for a tag of criteria. Tags that name a criterion's rule are left out."""
     scores = {tag: score(task.rubric, verdicts) for tag in task.tags}
     for tag in {tag for criterion in task.rubric for tag in criterion.tags if not tag.startswith(RULE_TAGS)}:
         part = [(criterion, met) for criterion, met in zip(task.rubric, verdicts, strict=True) if tag in criterion.tags]
@@ -72,42 +70,27 @@ def tag_scores(task, verdicts):
     return {tag: value for tag, value in scores.items() if value is not None}
 
 
-@cache
-def _best_weights(count):
-    """[count, count]: row N-1 holds the chance of each of `count` scores, in ascending order, to be the best of N drawn."""
-    return numpy.array([[math.comb(i, n - 1) / math.comb(count, n) for i in range(count)] for n in range(1, count + 1)])
-
-
 def best_of_n(scores):
-    """Best-of-N for N = 1..K: the expected best of N responses drawn without replacement, mean over tasks.
-
-    scores: [tasks, K]. The unbiased estimator: over all subsets of N of a task's known scores, computed from their order.
-    Returns a list of `mean_over_tasks` with n, over the tasks that have n known scores; an n that no task has is left out.
-    """
+    """Best-of-N, N = 1..K: the mean of the best over all subsets of N of a task's known scores. scores: [tasks, K]. Returns
+    `mean_over_tasks` for each n. The i-th smallest of k scores is the best in comb(i - 1, n - 1) of comb(k, n) cases."""
     best = numpy.full(scores.shape, numpy.nan)
     for row, of_task in zip(best, scores):
         known = numpy.sort(of_task[~numpy.isnan(of_task)])
-        row[: len(known)] = _best_weights(len(known)) @ known
-    columns = [column[~numpy.isnan(column)] for column in best.T]
-    return [{"n": n, **mean_over_tasks(column)} for n, column in enumerate(columns, 1) if len(column)]
+        below, chances = numpy.arange(len(known)), numpy.ones(len(known)) / max(1, len(known))  # of each to be the best of n
+        for n in range(1, len(known) + 1):
+            row[n - 1] = chances @ known
+            chances *= (n + 1) / n * (below - n + 1) / max(1, len(known) - n)
+    return [{"n": n, **mean_over_tasks(column)} for n, column in enumerate(best.T, 1) if not numpy.isnan(column).all()]
 
 
 def paired(scores, others):
-    """`mean_over_tasks` of the difference of two models on the same tasks. Two [tasks, K], rows the same tasks.
-
-    A task's score is the mean of its known scores; tasks for which either model has none are left out.
-    """
+    """`mean_over_tasks` of the difference of two models, each with its mean of a task's known scores. Two [tasks, K]."""
     first, second = (known_means(each.T, numpy.ones(each.shape[1])) for each in (scores, others))  # [tasks]
-    differences = first - second
-    return mean_over_tasks(differences[~numpy.isnan(differences)])
+    return mean_over_tasks(first - second)
 
 
 def novelty(log_ratios):
-    """Equation 5 over responses: rho_seq = exp(mean over tokens of log pi_new - log pi_init).
-
-    log_ratios: the mean of each response, nats a token. Returns the median of rho, the number of responses above 2, 10
-    and 100, and a histogram over log10 rho. No mean of rho, which a few outliers would decide.
-    """
+    """Equation 5, rho_seq = exp(mean over tokens of log pi_new - log pi_init). log_ratios: that mean of each response."""
     logs = numpy.asarray(log_ratios, dtype=float)
     counts, edges = numpy.histogram(logs / math.log(10), bins=40)
     return {"responses": len(logs), "median": float(numpy.median(numpy.exp(logs))),
@@ -116,16 +99,33 @@ def novelty(log_ratios):
 
 
 def self_bleu(texts):
-    """Mean BLEU (sacrebleu's, up to 4-grams, 0 to 1) of each text with the other texts as its references.
-
-    A text shorter than 4 tokens is compared by the n-grams that it has; an empty text equals other empty texts only.
-    """
-    bleu, values = BLEU(effective_order=True), []
+    """Mean BLEU (sacrebleu's, up to 4-grams, 0 to 1) of each text with the other texts as its references."""
+    bleu, values = BLEU(effective_order=True), []  # effective_order: a short text is compared by the n-grams that it has
     for i, text in enumerate(texts):
         others = texts[:i] + texts[i + 1 :]
-        values.append(bleu.sentence_score(text, others).score / 100 if text.strip() else
-                      float(any(not other.strip() for other in others)))
+        values.append(1.0 if text in others else bleu.sentence_score(text, others).score / 100)
     return float(numpy.mean(values))
+
+
+def load_embedding(folder):
+    """A function texts -> float32 [texts, width], by the transformers model in `folder`: the mean of its last layer's states
+    over a text's tokens. Raises ValueError where there is no such model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+    except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
+        raise ValueError(f"--embedding: cannot load {folder}: {why_refused(error)}") from None
+    longest = min(getattr(model.config, "max_position_embeddings", None) or 512, 8192)
+
+    @torch.no_grad()
+    def embed(texts):
+        rows = []
+        for text in texts:  # one by one: some embedding models have no padding token
+            ids = tokenizer(text, truncation=True, max_length=longest, return_tensors="pt")["input_ids"]
+            rows.append(model(input_ids=ids).last_hidden_state[0].float().mean(0))  # [width]
+        return torch.stack(rows).numpy()
+
+    return embed
 
 
 def cosine_distance(vectors):
@@ -157,10 +157,8 @@ def judge_figures(tasks, records, judge):
 
 
 def model_figures(tasks, records, judges, embed):
-    """All figures of one model's responses but their entropy. records: [tasks][K].
-
-    judges: names; the first is compared with each of the others. embed: texts -> [texts, width] for the semantic distance.
-    """
+    """All figures of one model's responses but their entropy. records: [tasks][K]. judges: names; the first is compared with
+    each of the others. embed: texts -> [texts, width], or None."""
     flat = [record for of_task in records for record in of_task]
     texts = [[record["text"] for record in of_task] for of_task in records]
     full = [kept for of_task in texts if len(kept := [text for text in of_task if text]) > 1]  # an empty text has no vector
@@ -169,22 +167,17 @@ def model_figures(tasks, records, judges, embed):
             "truncated": float(numpy.mean([not record["finished"] for record in flat])), "diversity": diversity,
             "semantic_distance": mean_over_tasks([cosine_distance(embed(t)) for t in full]) if embed and full else None,
             "judges": {judge: judge_figures(tasks, records, judge) for judge in judges},
-            "agreement": {other: agreement(tasks, records, judges[0], other) for other in judges[1:]}}
+            "agreement": {other: agreement(records, judges[0], other) for other in judges[1:]}}
 
 
-def agreement(tasks, records, judge, other):
-    """How far two judges agree where both gave a verdict: verdicts (their number), agreement (share of equal verdicts),
-    balanced_f1, both with a 95% interval over tasks as ..._95, correlation (of scores); None for what is undefined. Criteria
-    that rules decided for both judges are left out."""
-    by_rules = judge.startswith("rules and ") and other.startswith("rules and ")
-    both = [(a, b, row) for row, (task, of_task) in enumerate(zip(tasks, records)) for record in of_task
-            for a, b, criterion in zip(record["verdicts"].get(judge, []), record["verdicts"].get(other, []), task.rubric)
-            if None not in (a, b) and not (by_rules and rule_from_tags(criterion.tags))]
-    found = {"verdicts": len(both), "agreement": None, "balanced_f1": None, "correlation": None}
-    if both:
-        first, second, owners = map(numpy.array, zip(*both))
-        for name, statistic in (("agreement", lambda a, b: float((a == b).mean())), ("balanced_f1", balanced_f1)):
-            found |= {name: statistic(first, second), f"{name}_95": interval(statistic, first, second, owners).tolist()}
+def agreement(records, judge, other):
+    """How far two judges agree where both gave a verdict: `equal_verdicts`, resampled by task; verdicts, their number;
+    correlation of scores, None where one judge's are all equal. records: [tasks][K]. None without a verdict of both."""
+    both = [(a, b, task) for task, of_task in enumerate(records) for record in of_task
+            for a, b in zip(record["verdicts"].get(judge, []), record["verdicts"].get(other, [])) if None not in (a, b)]
+    if not both:
+        return None
+    found = {"verdicts": len(both), "correlation": None, **equal_verdicts(*map(numpy.array, zip(*both)))}
     scores = numpy.stack([score_matrix(records, name).flatten() for name in (judge, other)], axis=1)  # [responses, 2]
     scores = scores[~numpy.isnan(scores).any(axis=1)]
     if len(scores) > 1 and scores.std(axis=0).min() > 1e-9:
@@ -193,7 +186,7 @@ def agreement(tasks, records, judge, other):
 
 
 def print_table(results):
-    """One column a model, then the comparison, novelty and the tags. results: what results.json holds."""
+    """One column a model, then comparison, novelty and tags. results: what results.json holds."""
     models, (judge, *others) = list(results["models"].values()), results["judges"]
     _line("", [model["name"] if len(model["name"]) <= 20 else "..." + model["name"][-17:] for model in models])
     for name in (judge, *others):
@@ -201,34 +194,27 @@ def print_table(results):
         columns = [model["judges"][name] for model in models]
         _row("  score, clipped (HealthBench)", columns, "score", "score_se")
         _row("  score, not clipped", columns, "mean", "mean_se")
-        curves = [{point["n"]: point for point in column["best_of_n"]} for column in columns]
-        for n in sorted({2**i for i in range(1, 12)} & {n for curve in curves for n in curve}):
-            _row(f"  best of {n}", [curve.get(n) for curve in curves], "mean", "se")
-        _line("  unknown verdicts", [f"{column['unknown']} of {column['verdicts']}" for column in columns])
+        n = max(len(column["best_of_n"]) for column in columns)
+        _row(f"  best of {n}", [dict(enumerate(column["best_of_n"], 1)).get(n) for column in columns], "mean", "se")
         _line("  responses without a score", [f"{column['unscored']} of {column['responses']}" for column in columns])
     for other in others:
-        print(f"agreement of {one_line(judge)} with {one_line(other)}, 95% intervals")
+        print(f"{one_line(judge)} and {one_line(other)}, 95% intervals")
         columns = [model["agreement"][other] for model in models]
-        for key, label in (("agreement", "  share of equal verdicts"), ("balanced_f1", "  balanced F1")):
-            cells = ["{:.3f} ({:.2f} to {:.2f})".format(c[key], *c[f"{key}_95"]) if c["verdicts"] else "-" for c in columns]
-            _line(label, cells)
+        for key in ("agreement", "balanced F1"):
+            _line(f"  {key}", ["{:.3f} ({:.2f} to {:.2f})".format(*c[key]) if c else "-" for c in columns])
         _row("  correlation of scores", columns, "correlation")
-    for key, label in (("diversity", "diversity, 1 - Self-BLEU"), ("semantic_distance", "semantic distance")):
-        if any(model[key] for model in models):
-            _row(label, [model[key] for model in models], "mean", "se")
+    _row("diversity, 1 - Self-BLEU", [model["diversity"] for model in models], "mean", "se")
+    _row("semantic distance", [model["semantic_distance"] for model in models], "mean", "se")
     _row("entropy, nats", models, "entropy")
-    _line("length, tokens", [f"{model['length']:.0f}" for model in models])
-    _line("cut off", [f"{model['truncated']:.0%}" for model in models])
+    _line("length, tokens (cut off)", [f"{model['length']:.0f} ({model['truncated']:.0%})" for model in models])
     for name, found in results["comparison"].items():
-        if found["mean"] is not None:
-            print(f"\nmodel - base, {one_line(name)}: {found['mean']:+.3f} (95% {found['low']:+.3f} to "
-                  f"{found['high']:+.3f}, {found['tasks']} tasks)")
+        if found["tasks"]:
+            print(f"model - base, {one_line(name)}: {found['mean']:+.3f} (95% {found['low']:+.3f} to {found['high']:+.3f})")
     if found := results["novelty"]:
         above = ", ".join(f"{count} above {limit}" for limit, count in found["above"].items())
         print(f"novelty: median rho_seq {found['median']:.3f}; {above}, of {found['responses']}")
     by_tag = [model["judges"][judge]["by_tag"] for model in models]
-    if by_tag[0]:
-        print(f"\nby tag, clipped ({one_line(judge)})")
+    print(f"\nby tag, clipped ({one_line(judge)})")
     for tag in list(by_tag[0])[:30]:
         _row(f"  {one_line(tag)} ({by_tag[0][tag]['tasks']})", [tags.get(tag) for tags in by_tag], "score", "score_se")
 
@@ -254,13 +240,11 @@ def draw(results, folder):
             axes.errorbar(n, means, errors, fmt="o-", markersize=3, capsize=2, label=name)
     axes.set(xlabel="N", ylabel="score of the best of N (not clipped)")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend()
     figure.savefig(folder / "best_of_n.png", dpi=150)
     if novelty := results["novelty"]:
         figure = Figure((6, 4), layout="constrained")
         axes = figure.subplots()
         axes.stairs(novelty["histogram"]["counts"], novelty["histogram"]["log10_edges"], fill=True, alpha=0.6)
-        axes.axvline(0, color="black", linewidth=0.8)
         axes.set(xlabel="log10 of rho_seq", ylabel="responses", title=f"MODEL to base: median {novelty['median']:.2f}")
         figure.savefig(folder / "novelty.png", dpi=150)

@@ -1,9 +1,7 @@
 """Who writes rubrics, and who checks responses against them (Chasing the Tail, arXiv 2509.21500).
 
-A proposer has two functions; both raise ChatError where no usable rubric came:
-
-    propose(task)                            -> a rubric, a tuple of Criterion, from the question alone
-    refine(task, rubric, texts, verdicts)    -> (a rubric that tells two responses apart, the better one: 0, 1 or None)
+A proposer has propose(task) -> a rubric, a tuple of Criterion, and refine(task, rubric, texts, verdicts) -> (a rubric that
+tells two responses apart, the better one: 0, 1 or None). Both raise ChatError where no usable rubric came.
 """
 
 import json
@@ -64,10 +62,7 @@ def verify_messages(messages, criteria, text):
 
 
 def parse_rubric(text, need_better=False):
-    """(rubric, index of the better answer or None) from a model's answer. Criteria that stand twice are kept once.
-
-    Raises ValueError for no or too many criteria, one without text or with another weight, or no choice of A or B.
-    """
+    """(rubric, index of the better answer or None) from a model's answer, else ValueError. Equal criteria are kept once."""
     answer, _ = json_object(text)
     entries = answer.get("criteria")
     if not isinstance(entries, list) or not 1 <= len(entries) <= LONGEST:
@@ -86,9 +81,7 @@ def parse_rubric(text, need_better=False):
 
 def parse_verdicts(text, verdicts):
     """Fill the list `verdicts` from a model's answer, {number: True or False}; what is missing there stays as it was.
-
-    Raises ValueError, so that the model is asked again, where a verdict is still None.
-    """
+    Raises ValueError, so that the model is asked again, where a verdict is still None."""
     answer, _ = json_object(text)
     verdicts[:] = [new if isinstance(new := answer.get(str(i)), bool) else old for i, old in enumerate(verdicts, 1)]
     if None in verdicts:
@@ -96,13 +89,12 @@ def parse_verdicts(text, verdicts):
 
 
 class ChatProposer:
-    """A language model behind a ChatClient writes the rubrics."""
+    """A language model behind a ChatClient is the proposer."""
 
     def __init__(self, client):
         self.client = client
 
     def propose(self, task):
-        """See the module's docstring."""
         messages = ask("You write rubrics by which answers to a conversation are compared.\n" + HOW_TO_WRITE
                        + "Write 6 to 12 criteria. " + AS_JSON % "", {"Conversation": task.messages})
         return self.client.complete(messages, parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
@@ -118,10 +110,7 @@ class ChatProposer:
 
 
 class Verifier:
-    """Checks criteria with rules by code, all others of a response in one call to a model: client, a ChatClient.
-
-    Without a client, `verify` raises ValueError for a criterion without a rule.
-    """
+    """Checks criteria with rules by code, all others of a response in one call to a model: client, a ChatClient or None."""
 
     def __init__(self, client=None):
         self.client, self.rules = client, Judge()
