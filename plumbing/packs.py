@@ -12,7 +12,7 @@ pass computes the logits z again:
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -39,8 +39,7 @@ class Pack:
 
     def to(self, device):
         """A copy on `device`."""
-        return replace(self, bias=None, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
-                                           if field.type is torch.Tensor})
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if torch.is_tensor(part)})
 
 
 def make_packs(prompts, responses, token_budget):
@@ -88,7 +87,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     query: [1, heads, tokens, width]; key, value: [1, kv heads, tokens, width]; returns ([1, tokens, heads, width], None).
     The second part is a batch of responses, whose keys are the question's and then their own. Its cost grows with
     responses x longest x (question + longest), not with the square of the pack. Without a pack: PyTorch's own attention.
-    Worked example: which token (row) sees which (column), for a question of 2 tokens and responses with 2 and 1 in the pack.
+    Example: which token (row) sees which (column), for a question of 2 tokens and responses of 2 and 1 tokens in the row.
 
         1 0 0 0 0
         1 1 0 0 0
@@ -105,9 +104,11 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         rows, heads, queries, width = query.shape
         if query.is_cuda and value.dtype == torch.float32:  # in which no fast kernel lets heads share keys
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-        if query.is_cuda or queries == key.shape[2]:
-            return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), scale=scaling,
-                                                enable_gqa=heads != key.shape[1])
+        options = {"scale": scaling, "enable_gqa": heads != key.shape[1]}
+        if queries == key.shape[2]:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        if query.is_cuda:
+            return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), **options)
         # On a CPU it takes half the time when the heads that share keys are stacked.
         stacked = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads of each x queries, width]
         if pack.bias is None:

@@ -228,8 +228,7 @@ def prompt_ids(tokenizer, messages):
 def stop_ids(model, tokenizer):
     """Ids of the tokens that end a response: the tokenizer's EOS and those of the generation config; sorted list."""
     extra = model.generation_config.eos_token_id
-    extra = extra if isinstance(extra, list) else [extra]
-    return sorted({i for i in [tokenizer.eos_token_id, *extra] if i is not None})
+    return sorted({tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None})
 
 
 def cpu_dtype():
