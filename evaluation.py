@@ -245,7 +245,7 @@ def main(config):
     judged = [model["judges"][results["judges"][0]] for model in results["models"].values()]
     if unknown := sum(found["unknown"] for found in judged):
         terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again. "
-                     f"The last error: {results['last_judge_error']}")
+                     f"The server's last error: {results['last_judge_error'] or 'none'}")
     return 1 if any(found["score"] is None and found["verdicts"] for found in judged) else 0
 
 

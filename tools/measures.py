@@ -214,9 +214,8 @@ def print_table(results):
         above = ", ".join(f"{count} above {limit}" for limit, count in found["above"].items())
         print(f"novelty: median rho_seq {found['median']:.3f}; {above}, of {found['responses']}")
     by_tag = [model["judges"][judge]["by_tag"] for model in models]
-    print(f"\nby tag, clipped ({one_line(judge)})")
-    for tag in list(by_tag[0])[:30]:
-        _row(f"  {one_line(tag)} ({by_tag[0][tag]['tasks']})", [tags.get(tag) for tags in by_tag], "score", "score_se")
+    for tag in list(by_tag[0])[:30]:  # clipped scores, by the judge of now
+        _row(f"tag {one_line(tag)} ({by_tag[0][tag]['tasks']})", [tags.get(tag) for tags in by_tag], "score", "score_se")
 
 
 def _line(label, cells):
