@@ -7,7 +7,7 @@ A rubric is a checklist: criteria with points, negative points for what a respon
     some/file.jsonl       HealthBench's record format: prompt, prompt_id, rubrics [{criterion, points, tags}], example_tags
     some/file.parquet     the official RuscaRL (verl) format: prompt, reward_model.rubrics
 
-Every defect of a file is an error that names file, line (row) and field; no record is dropped silently.
+A defect of a file is a ValueError that names file, line (row) and field; no record is dropped silently.
 """
 
 import hashlib
@@ -45,33 +45,25 @@ class Task:
 
 
 def load_tasks(source, limit=None, need_rubrics=True):
-    """Tasks of `source` (see the module's docstring), the first `limit` of them. need_rubrics: whether a record without
-    rubrics is a mistake, or a task with an empty one.
+    """The first `limit` tasks of `source` (see the module's docstring). need_rubrics: whether a record must have rubrics.
 
-    Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError where HealthBench
-    cannot be downloaded.
+    Raises ValueError for a defective file, FileNotFoundError for a missing one, ConnectionError for a failed download.
     """
-    source = str(source)
-    if source == "healthbench":
-        path = _download_healthbench()
-    elif (BUNDLED / f"{source}.jsonl").is_file():
-        path = BUNDLED / f"{source}.jsonl"
-    else:
+    path = _download_healthbench() if source == "healthbench" else BUNDLED / f"{source}.jsonl"
+    if not path.is_file():
         path = Path(source)
         if path.suffix.lower() not in (".jsonl", ".parquet"):
             bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
-            raise ValueError(f"unknown tasks {source!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
+            raise ValueError(f"unknown tasks {str(source)!r}: give {bundled}, healthbench, or a .jsonl or .parquet file")
         if not path.is_file():
             raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
     records = _read_parquet(path) if path.suffix.lower() == ".parquet" else read_jsonl(path)
-    tasks = []
-    seen = {}
+    tasks, seen = [], {}
     for place, record in itertools.islice(records, limit):
-        task = _parse_task(record, place, need_rubrics)
+        tasks.append(task := _parse_task(record, place, need_rubrics))
         if task.id in seen:
             raise ValueError(f"{place}: prompt_id: {task.id!r} was already used at {seen[task.id]}")
         seen[task.id] = place
-        tasks.append(task)
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
     return tasks
@@ -103,10 +95,8 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
             answer = requests.get(url, timeout=60)
             answer.raise_for_status()
         except requests.RequestException as error:
-            raise ConnectionError(
-                f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the file as --tasks "
-                f"FILE.jsonl, or put it at {path}"
-            ) from None
+            raise ConnectionError(f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the "
+                                  f"file as --tasks FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(answer.content)
@@ -118,24 +108,23 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
 
 
 def read_jsonl(path):
-    """(place, record) for every line that is not blank."""
+    """(place, record) of every line that is not blank. Raises ValueError with file and line for what is not JSON."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield place, json.loads(text, object_pairs_hook=unique_keys)
-            except UnicodeDecodeError:
-                raise ValueError(f"{place}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                ends = error.pos >= len(text.rstrip())
-                why = "it ends too early; a record has to be on one line" if ends else f"{error.msg} at column {error.colno}"
-                raise ValueError(f"{place}: unreadable JSON: {why}") from None
-            except RecursionError:
-                raise ValueError(f"{place}: unreadable JSON: nested too deeply") from None
-            except ValueError as error:  # a key that stands twice, a number of thousands of digits
-                raise ValueError(f"{place}: unreadable JSON: {error}") from None
+                record = json.loads(text, object_pairs_hook=unique_keys) if text.strip() else None
+            except (ValueError, RecursionError) as error:  # a key that stands twice is a ValueError, too
+                why = f"unreadable JSON: {error}"
+                if isinstance(error, UnicodeDecodeError):
+                    why = "not UTF-8 text"
+                elif isinstance(error, json.JSONDecodeError):
+                    ends = error.pos >= len(text.rstrip())
+                    why = "unreadable JSON: " + ("it ends too early; a record has to be on one line" if ends
+                                                 else f"{error.msg} at column {error.colno}")
+                raise ValueError(f"{path}, line {number}: {why}") from None
+            if text.strip():
+                yield f"{path}, line {number}", record
 
 
 def _read_parquet(path):
@@ -147,13 +136,11 @@ def _read_parquet(path):
         raise ValueError(f"{path}: unreadable parquet file: {str(error).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
-        model = row.get("reward_model")
-        if not isinstance(model, dict):
+        if not isinstance(row.get("reward_model"), dict):
             raise ValueError(f"{place}: reward_model: missing")
         info = row.get("extra_info") if isinstance(row.get("extra_info"), dict) else {}
-        yield place, {"prompt": row.get("prompt"), "rubrics": model.get("rubrics"),
-                      "prompt_id": row.get("prompt_id") or info.get("prompt_id"),
-                      "example_tags": row.get("example_tags")}
+        yield place, {**row, "prompt_id": row.get("prompt_id") or info.get("prompt_id"),
+                      "rubrics": row["reward_model"].get("rubrics")}
 
 
 def _parse_task(record, place, need_rubrics):
@@ -161,10 +148,8 @@ def _parse_task(record, place, need_rubrics):
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a record must be a JSON object")
     messages = _parse_messages(record.get("prompt"), place)
-    rubrics = record.get("rubrics")
-    if rubrics in (None, []) and not need_rubrics:
-        rubrics = []
-    elif not isinstance(rubrics, list) or not rubrics:
+    rubrics = record.get("rubrics") or []
+    if not isinstance(rubrics, list) or (need_rubrics and not rubrics):
         raise ValueError(f"{place}: rubrics: missing or empty")
     rubric = tuple(_parse_criterion(c, f"{place}: rubrics[{i}]") for i, c in enumerate(rubrics))
     if rubric and not any(criterion.points > 0 for criterion in rubric):
@@ -172,12 +157,9 @@ def _parse_task(record, place, need_rubrics):
     identity = record.get("prompt_id")
     if identity is None:  # the official parquet files have none: the conversation and its rubric are its name
         identity = hashlib.sha256(json.dumps([messages, rubrics], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    elif not isinstance(identity, str) or not identity:
-        raise ValueError(f"{place}: prompt_id: must be a non-empty string, got {shown(identity)}")
-    else:
-        _check_text(identity, f"{place}: prompt_id")
-        if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # it is shown in messages
-            raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
+    _check_text(identity, f"{place}: prompt_id")
+    if any(c < " " or "\x7f" <= c <= "\x9f" for c in identity):  # it is shown in messages
+        raise ValueError(f"{place}: prompt_id: must not have control characters, got {shown(identity)}")
     return Task(identity, messages, rubric, _parse_tags(record.get("example_tags"), f"{place}: example_tags"))
 
 
@@ -201,10 +183,8 @@ def _parse_criterion(record, field):
         raise ValueError(f"{field}: a criterion must be a JSON object")
     text, points = record.get("criterion"), record.get("points")
     _check_text(text, f"{field}.criterion")
-    if isinstance(points, bool) or not isinstance(points, int | float) or not abs(points) <= 1e6:
-        raise ValueError(f"{field}.points: must be a number up to a million, got {shown(points)}")
-    if points == 0:
-        raise ValueError(f"{field}.points: 0 points: the criterion would do nothing")
+    if isinstance(points, bool) or not isinstance(points, int | float) or not 0 < abs(points) <= 1e6:
+        raise ValueError(f"{field}.points: must be a number up to a million and not 0, got {shown(points)}")
     tags = _parse_tags(record.get("tags"), f"{field}.tags")
     try:
         rule_from_tags(tags)
@@ -213,13 +193,9 @@ def _parse_criterion(record, field):
     return Criterion(text, points, tags)
 
 
-def _check_text(text, field):
-    if not isinstance(text, str) or not text.strip():
+def _check_text(text, field, may_be_empty=False):
+    if not isinstance(text, str) or not (text.strip() or may_be_empty):
         raise ValueError(f"{field}: must be a non-empty string, got {shown(text)}")
-    _check_unicode(text, field)
-
-
-def _check_unicode(text, field):
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -227,10 +203,9 @@ def _check_unicode(text, field):
 
 
 def _parse_tags(tags, field):
-    if tags is None:
-        return ()
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise ValueError(f"{field}: must be a list of strings")
-    for tag in tags:
-        _check_unicode(tag, field)
+    tags = [] if tags is None else tags
+    if not isinstance(tags, list):
+        raise ValueError(f"{field}: must be a list of strings, got {shown(tags)}")
+    for i, tag in enumerate(tags):
+        _check_text(tag, f"{field}[{i}]", may_be_empty=True)
     return tuple(tags)

@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 
 import requests
 
@@ -22,6 +21,7 @@ from plumbing.rules import unique_keys
 from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
+REST = 5.0  # seconds for which a server that did not answer is avoided
 
 
 class ChatError(RuntimeError):
@@ -29,7 +29,7 @@ class ChatError(RuntimeError):
 
 
 class _Failed(Exception):
-    """A try that may go better the next time: after `pause` seconds at least, at this temperature."""
+    """A try that failed but may be repeated: after `pause` seconds at least, at this temperature."""
 
     def __init__(self, reason, pause=0.0, temperature=0.0):
         super().__init__(reason)
@@ -54,21 +54,21 @@ def json_object(text):
 
 @dataclass(frozen=True)
 class Server:
-    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them.
-
-    urls: base URLs, comma-separated; model: "" for the only one that they serve; extra: a JSON object as text.
-    """
+    """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
 
     name: str  # judge, proposer or verifier
-    urls: str
-    model: str = ""
-    extra: str = ""
+    urls: list
+    model: str  # "": the only one that they serve
+    extra: dict  # fields added to every request
+    key_variable: str  # environment variable of the key, if there is one
 
     @classmethod
     def checked(cls, name, urls, model="", extra=""):
-        """A Server, or None where no URL is given. Raises ValueError, naming the flag, for what makes no sense, and for a key
-        in a URL: settings are written to files and shown."""
-        server = cls(name, urls, model, extra)
+        """A Server from the flags' texts, or None where no URL is given. Raises ValueError, naming the flag.
+
+        A password or a query in a URL is refused, because settings are written to files and shown.
+        """
+        key_variable = "OPENAI_API_KEY" if name == "judge" else f"{name.upper()}_API_KEY"
         if not urls:
             if model or extra:
                 raise ValueError(f"--{name}-{'model' if model else 'extra'} needs --{name}-url"
@@ -77,31 +77,21 @@ class Server:
         for url in urls.split(","):
             if set(url) & set("@?#"):
                 raise ValueError(f"--{name}-url: a base URL has no user, password or query in it; a key goes into "
-                                 f"${server.key_variable}")
+                                 f"${key_variable}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
                 raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
-        server.extra_fields()
-        return server
-
-    @property
-    def key_variable(self):
-        """The environment variable that holds the key, if there is one."""
-        return "OPENAI_API_KEY" if self.name == "judge" else f"{self.name.upper()}_API_KEY"
-
-    def extra_fields(self):
-        """`extra` as a dict. Raises ValueError where it is none."""
         try:
-            fields = json.loads(self.extra or "{}")
+            fields = json.loads(extra or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--{self.name}-extra is not JSON: {error}") from None
+            raise ValueError(f"--{name}-extra is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"--{self.name}-extra must be a JSON object")
-        return fields
+            raise ValueError(f"--{name}-extra must be a JSON object")
+        return cls(name, urls.split(","), model, fields, key_variable)
 
     def connect(self, concurrency, **options):
         """A ChatClient whose servers have answered. Raises ValueError, naming the flag, for one that cannot be used."""
-        client = ChatClient(self.urls.split(","), self.model, key_variable=self.key_variable, concurrency=concurrency,
-                            extra=self.extra_fields(), **options)
+        client = ChatClient(self.urls, self.model, key_variable=self.key_variable, concurrency=concurrency, extra=self.extra,
+                            **options)
         try:
             client.check(hint=f"--{self.name}-model")
         except (ConnectionError, ValueError) as error:
@@ -115,23 +105,20 @@ class ChatClient:
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
     for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
-    such tries are not counted. extra: fields added to every request. cut_off_is_an_answer: whether a text that ended at the
-    limit of tokens is one. counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls).
+    such tries are not counted. extra: fields added to every request.
+    counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
     def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None, cut_off_is_an_answer=False):
+                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model, self.key_variable = model, key_variable
-        self.timeout, self.retries, self.patience = timeout, retries, patience
-        self.max_tokens, self.first_pause = max_tokens, first_pause
-        self.extra, self.cut_off_is_an_answer = extra or {}, cut_off_is_an_answer
+        self.timeout, self.retries, self.patience, self.first_pause = timeout, retries, patience, first_pause
+        self.fields = {"max_tokens": max_tokens, **(extra or {})}  # of every request
         self.structured = True  # until a server refuses response_format
         self.counts, self.last_error = Counter(), None
-        self._in_flight = Counter({url: 0 for url in self.base_urls})
-        self._rests_until = Counter()  # a server that failed is avoided for a moment
-        self._down_since = {}  # servers that could not be reached when they were last tried
-        self._told = set()  # servers whose outage has been said
+        self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
+        self._outage_began, self._outage_told = None, False  # of all servers at once
         self._lock = threading.Lock()
         self._local = threading.local()  # a requests.Session belongs to one thread
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
@@ -139,7 +126,7 @@ class ChatClient:
     def check(self, timeout=5.0, hint="--judge-model"):
         """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
 
-        Raises ConnectionError where nobody answers, ValueError where the model is not served or must be chosen.
+        Raises ConnectionError where a server does not answer, ValueError where it does not serve the model.
         """
         for url in self.base_urls:
             try:
@@ -176,37 +163,41 @@ class ChatClient:
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: JSON schema
-        the answer should follow; sent as structured output while the servers take it, else left to the prompt.
-        Raises ChatError when all tries failed or the server refuses the request.
+        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
+        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
             return self._until_answered(messages, parse, schema)
         except ChatError as error:
-            with self._lock:
-                self.counts["failures"] += 1
-                self.last_error = str(error)
+            self.last_error = str(error)
+            self._count(failures=1)
             raise
         finally:
-            with self._lock:
-                self.counts["calls"] += 1
-                self.counts["seconds"] += time.monotonic() - start
+            self._count(calls=1, seconds=time.monotonic() - start)
+
+    def _count(self, **numbers):
+        with self._lock:
+            self.counts.update(numbers)
 
     def _until_answered(self, messages, parse, schema):
         tries, unreached, temperature = 0, 0, 0.0
         while True:
             pause = min(self.first_pause * 2 ** min(tries + unreached, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
-            url = self._acquire()
+            with self._lock:
+                self.counts["tries"] += 1
+                now = time.monotonic()
+                url = min(self.base_urls, key=lambda url: (self._rests_until[url] > now, self._in_flight[url]))
+                self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # nobody there, or gone in the middle of an answer
+            except requests.ConnectionError as error:  # refused, or lost in the middle of an answer
                 outage = self._outage(url)
                 if outage > self.patience:
                     raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
                                     f"{self.patience:.0f} s)") from None
                 unreached += 1
-                pause = min(pause, 5) if outage > 0 else 0  # 0: another server is up
+                pause = min(pause, REST) if outage > 0 else 0  # 0: another server can be asked
             except _Failed as error:
                 tries += 1
                 if tries > self.retries:
@@ -223,14 +214,13 @@ class ChatClient:
             answer = self._post(url, messages, schema, temperature)
         except requests.ConnectionError:
             raise
-        except requests.RequestException as error:
-            self._rests_until[url] = time.monotonic() + 5
+        except requests.RequestException as error:  # mostly a time-out
+            self._rests_until[url] = time.monotonic() + REST
             raise _Failed(type(error).__name__) from None
         except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
             raise ChatError(f"{url}: {self.quoted(str(error))}") from None
         with self._lock:
-            self._down_since.pop(url, None)
-            self._told.discard(url)
+            self._rests_until[url], self._outage_began, self._outage_told = 0.0, None, False
         if answer.status_code == 200:
             try:
                 text = self._text(answer)
@@ -238,31 +228,23 @@ class ChatClient:
             except ValueError as error:  # asked at temperature 0 again, it would answer the same
                 raise _Failed(f"unusable answer: {self.quoted(str(error))}", temperature=0.7) from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Failed(f"HTTP {answer.status_code}", pause=min(_retry_after(answer), LONGEST_PAUSE))
+            asked = answer.headers.get("Retry-After", "")  # a date is not read
+            raise _Failed(f"HTTP {answer.status_code}", pause=min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else 0.0)
         raise ChatError(f"{url}: HTTP {answer.status_code}: {self.quoted(_message(answer))}")
 
     def _outage(self, url):
-        """Note that `url` cannot be reached; seconds for which no server could be, 0 while another one is up."""
+        """Note that `url` cannot be reached; seconds for which no server has answered, 0 where another one can be asked."""
         now = time.monotonic()
         with self._lock:
-            self._rests_until[url] = now + 5
-            self._down_since.setdefault(url, now)
-            if len(self._down_since) < len(self.base_urls):
+            self._rests_until[url] = now + REST
+            if min(self._rests_until[other] for other in self.base_urls) <= now:
                 return 0.0
-            outage = now - max(self._down_since.values()) + 1e-9
-            if outage > 3 and url not in self._told:  # a refused connection or two is no outage
-                self._told.add(url)
+            self._outage_began = self._outage_began or now
+            outage = now - self._outage_began + 1e-9
+            if outage > 3 and not self._outage_told:  # a refused connection or two is no outage
+                self._outage_told = True
                 say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
             return outage
-
-    def _acquire(self):
-        """The server with the fewest requests in flight, resting ones last; counted in."""
-        now = time.monotonic()
-        with self._lock:
-            self.counts["tries"] += 1
-            url = min(self.base_urls, key=lambda u: (self._rests_until[u] > now, self._in_flight[u]))
-            self._in_flight[url] += 1
-        return url
 
     def usage(self):
         """A copy of the counts."""
@@ -281,48 +263,33 @@ class ChatClient:
     def _post(self, url, messages, schema, temperature):
         if not hasattr(self._local, "session"):
             self._local.session = requests.Session()
-        body = {"model": self.model, "messages": messages, "temperature": temperature,
-                "max_tokens": self.max_tokens, **self.extra}
+        body = {"model": self.model, "messages": messages, "temperature": temperature, **self.fields}
         structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
-        for tried, extra in enumerate(formats):
+        for extra in formats:
             answer = self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
                                               timeout=self.timeout)
             if answer.status_code not in (400, 422):  # perhaps it is response_format that is refused: try without
                 break
-        if tried and answer.status_code == 200:
+        if schema is not None and not extra and answer.status_code == 200:
             self.structured = False
         return answer
 
     def _text(self, answer):
         try:
             reply = answer.json()
-            choice = reply["choices"][0]
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"]["content"]
-            usage = reply.get("usage") or {}
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError("not a chat completion") from None
-        with self._lock:
-            self.counts.update(tokens)
+        self._count(**tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError
-        if choice.get("finish_reason") == "length" and not self.cut_off_is_an_answer:
+        if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
-
-
-def _retry_after(answer):
-    """Seconds the server asks to wait, from a number or a date; 0 where it asks for nothing readable."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        try:
-            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError, OverflowError):
-            return 0.0
 
 
 def _message(answer):

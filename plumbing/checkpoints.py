@@ -1,9 +1,9 @@
 """Checkpoints: weights and AdamW's moments in safetensors, each rank its own shard, readable by any number of ranks.
 
     checkpoints/step_00010/shard-00001-model-....safetensors    and so on, a few for each rank
-                           files.json                           their names and sizes
+                           files.json                           names and sizes of the shards
 
-There is nothing else to keep: which tasks come next and every draw follow from the seed and the number of steps done.
+Nothing else is needed: which tasks come next and every draw follow from the seed and the number of steps done.
 """
 
 import contextlib
@@ -19,11 +19,15 @@ import torch.distributed.checkpoint as dcp
 
 from plumbing import ranks, terminal
 
-FILE_BYTES = 2**27  # a file is put together in memory before it is written
+FILE_BYTES = 2**27  # of a shard, which is put together in memory before it is written
+
+# Loading without ranks is no mistake, and what cannot be read is said in one line, without tracebacks.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+logging.getLogger().addFilter(lambda record: "metadata is not found" not in str(record.msg))
 
 
 def training_state(model, optimizer, steps_done=0):
-    """{name: tensor} of all that a step changes: parameters, AdamW's moments (zeros where it has made no step), steps."""
+    """{name: tensor} of all that a step changes: parameters, AdamW's moments (zeros before its first step), steps done."""
     state = {"steps_done": torch.tensor(steps_done)}
     for name, parameter in model.named_parameters():
         weights, of_adam = parameter.detach(), optimizer.state[parameter]
@@ -38,52 +42,48 @@ def training_state(model, optimizer, steps_done=0):
 def save(folder, steps_done, model, optimizer, keep):
     """Write step_<steps_done> in `folder` and remove all but the newest `keep`.
 
-    Written beside its place, flushed to the disk and renamed: a kill or a full disk leaves the older ones whole. All ranks
-    take part, in a folder that all see. Raises OSError, on every rank, where it cannot be written.
+    It is written beside its place, flushed to the disk and renamed: a kill or a full disk leaves the older ones whole. All
+    ranks take part, in a folder that all see. Raises OSError, on every rank, where it cannot be written.
     """
     place, part = Path(folder) / f"step_{steps_done:05d}", Path(folder) / "part"
     state = training_state(model, optimizer, steps_done)
-    files, size = {}, 0
+    shards, size = {}, 0
     for name, tensor in state.items():
         size += tensor.nbytes // ranks.size()
-        files[name] = 1 + size // FILE_BYTES
-    writer = dcp.HuggingFaceStorageWriter(part, files, save_distributed=True)
-
-    def make_part():
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-
-    def finish():
-        with open(part / "files.json", "w", encoding="utf-8") as file:
-            json.dump({name: size for of_rank in written for name, size in of_rank.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(place, ignore_errors=True)  # an unreadable one
-        os.replace(part, place)
-        for old in whole_ones(folder)[:-keep]:
-            shutil.rmtree(old)
-
+        shards[name] = 1 + size // FILE_BYTES
+    writer = dcp.HuggingFaceStorageWriter(part, shards, save_distributed=True)
     try:
-        _by_leader(make_part)
-        with _quiet():
-            dcp.save(state, storage_writer=writer)
+        with _by_leader() as leader:
+            if leader:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir(parents=True)
+        dcp.save(state, storage_writer=writer)
         own = part.glob(f"shard-{ranks.rank() + 1:05d}-*")  # on a shared disk, a rank may see others' files later
         written = ranks.gather({path.name: path.stat().st_size for path in own})
-        _by_leader(finish)
+        with _by_leader() as leader:
+            if leader:
+                with open(part / "files.json", "w", encoding="utf-8") as file:
+                    json.dump({name: size for of_rank in written for name, size in of_rank.items()}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                shutil.rmtree(place, ignore_errors=True)  # an unreadable one
+                os.replace(part, place)
+                for old in whole_ones(folder)[:-keep]:
+                    shutil.rmtree(old)
     except (OSError, dcp.CheckpointException) as error:
         if ranks.leader():
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot save {place}: {_reason(error)}") from None
 
 
-def _by_leader(function):
-    """Let the leader call it; an OSError of its is raised on every rank."""
+@contextlib.contextmanager
+def _by_leader():
+    """Whether this rank is the leader, which does alone what is inside; an OSError of the leader is raised on every rank."""
     error = None
-    if ranks.leader():
-        try:
-            function()
-        except OSError as caught:
-            error = caught
+    try:
+        yield ranks.leader()
+    except OSError as caught:
+        error = caught
     if error := ranks.gather(error)[0]:
         raise error
 
@@ -95,7 +95,7 @@ def whole_ones(folder):
 
 
 def _missing(place):
-    """What `place` lacks of what was written there, or None. DCP itself would take what it finds."""
+    """What `place` lacks of the files in its files.json, or None. DCP itself would read what it finds."""
     try:
         files = json.loads((place / "files.json").read_text(encoding="utf-8"))
         return next((f"{name} is missing or cut off" for name, size in files.items()
@@ -105,11 +105,8 @@ def _missing(place):
 
 
 def load_newest(folder, model, optimizer):
-    """Restore the newest checkpoint in `folder` that can be read; returns the number of steps done.
-
-    One that cannot be read is told and skipped. 0, and nothing restored, where there is none. Raises ValueError where
-    there are some, but none can be read, or where ranks do not see the same ones.
-    """
+    """Restore the newest readable checkpoint in `folder`, and say which ones are skipped. Returns the number of steps done,
+    0 where there is no checkpoint. Raises ValueError where none can be read, or where ranks see different ones."""
     part, folders = Path(folder) / "part", whole_ones(folder)
     if any(seen != folders for seen in ranks.gather(folders)):
         raise ValueError(f"{folder}: ranks see different checkpoints: --runs must be a folder that all machines share")
@@ -120,8 +117,7 @@ def load_newest(folder, model, optimizer):
         if reason is None:
             state = training_state(model, optimizer)
             try:
-                with _quiet():
-                    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
+                dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
                 return state["steps_done"].item()
             except dcp.CheckpointException as error:
                 reason = _reason(error)
@@ -134,16 +130,4 @@ def load_newest(folder, model, optimizer):
 def _reason(error):
     """The first line of an error, of the first rank that had one."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
-    return (str(min(failures.items())[1][0]).splitlines() or [type(error).__name__])[0]
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without warnings: that a single process is a single process, and tracebacks of what is told in one line."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    return (str(failures[min(failures)][0]).splitlines() or [type(error).__name__])[0]

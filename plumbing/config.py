@@ -27,72 +27,70 @@ MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_ski
 
 @dataclass
 class Config:
-    """Defaults are the laptop preset; PAPER below replaces some when --model is given."""
+    """The settings of ruscarl.py. Defaults are the laptop preset; PAPER below replaces some where --model is given."""
 
-    model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (the default, from PyPI)")
-    tasks: str = setting("first_aid", "first_aid, healthbench, or a .jsonl or .parquet file")
-    preset: str = setting("auto", "where the other settings start; auto: paper where --model is given, else laptop",
-                          ("auto", "laptop", "paper"))
+    model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (135M parameters, from PyPI)")
+    tasks: str = setting("first_aid", "questions with rubrics: first_aid, healthbench, or a .jsonl or .parquet file")
+    preset: str = setting("auto", "the other defaults; auto: paper with --model, else laptop", ("auto", "laptop", "paper"))
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
-    seed: int = setting(0, "seed of every draw")
-    steps: int = setting(24, "number of rollout batches", above=0)
+    seed: int = setting(0, "seed of every random draw")
+    steps: int = setting(24, "training steps; each samples, judges and updates once", above=0)
     group_size: int = setting(8, "G, responses to each question", least=2)
-    batch_size: int = setting(4, "questions a step", above=0)
-    mini_batch_size: int = setting(4, "questions an optimiser step", above=0)
+    batch_size: int = setting(4, "questions in a step", above=0)
+    mini_batch_size: int = setting(4, "questions in an optimiser step; divides --batch-size", above=0)
     lr: float = setting(5e-5, "learning rate of AdamW, constant", least=0)
     weight_decay: float = setting(0.0, "weight decay of AdamW", least=0)
     kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model", least=0)
-    clip_low: float = setting(0.2, "the ratio is clipped below 1 - clip_low", least=0, most=1)
-    clip_high: float = setting(0.2, "the ratio is clipped above 1 + clip_high", least=0)
-    dual_clip: float = setting(0.0, "bound -A * dual_clip on the loss where A < 0; 0 is off", least=0)
+    clip_low: float = setting(0.2, "the policy ratio is clipped below 1 - clip_low", least=0, most=1)
+    clip_high: float = setting(0.2, "the policy ratio is clipped above 1 + clip_high", least=0)
+    dual_clip: float = setting(0.0, "bound of the loss, -A * dual_clip, where the advantage A is below 0; 0 is off", least=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
-    ratio: str = setting("plain", "prompts above and below the ratio's bar: plain: question, question; unbiased: "
-                         "question, scaffold; scaffolded: scaffold, scaffold",
-                         ("plain", "unbiased", "scaffolded"))
+    ratio: str = setting("plain", "prompt in numerator and denominator of the policy ratio: plain: question in both; "
+                         "scaffolded: scaffold in both; unbiased: question, scaffold", ("plain", "unbiased", "scaffolded"))
     max_new_tokens: int = setting(64, "longest response, in tokens", above=0)
-    max_prompt_tokens: int = setting(2048, "tasks whose question with the whole scaffold is longer are dropped", above=0)
+    max_prompt_tokens: int = setting(2048, "longest prompt, in tokens; a task whose question with the whole rubric is "
+                                     "longer is not trained on", above=0)
     temperature: float = setting(0.7, "sampling temperature", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off", above=0, most=1)
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off", least=0)
     decay: str = setting("sigmoid", "how the scaffold fades over training", DECAYS)
-    midpoint: float = setting(0.5, "progress at which the sigmoid is at one half (t0)", least=0, most=1)
+    midpoint: float = setting(0.5, "share of the training after which the sigmoid is at one half (t0)", least=0, most=1)
     steepness: float = setting(12.0, "steepness of the sigmoid (alpha): 99%% to 1%% in 9.19 / steepness of the run", least=0)
     power: float = setting(2.0, "exponent of --decay power", above=0)
-    pattern: str = setting("linear", "how the scaffold differs within a group", PATTERNS)
-    full_samples: int = setting(1, "samples of a group that see the scaffold, for --pattern binary", least=0)
-    sampler: str = setting("auto", "what samples; auto: vllm where it is installed and runs, else transformers",
+    pattern: str = setting("linear", "how the share of the rubric that is shown differs within a group", PATTERNS)
+    full_samples: int = setting(1, "with --pattern binary: samples of a group that see the scaffold", least=0)
+    sampler: str = setting("auto", "what generates responses; auto: vllm where it is installed and runs, else transformers",
                            ("auto", "vllm", "transformers"))
     tis: float = setting(0.0, "weight tokens by min(trainer's / sampler's probability, this), 2 is usual; 0 is off", least=0)
-    check_sync: bool = setting(False, "first prove that the sampler takes over weights, by its log-probabilities")
-    judge: str = setting("auto", "who judges criteria that have no rule; auto: chat where a server is given, else self",
-                         ("auto", "rules", "chat", "self"))
-    judge_url: str = setting("", "base URLs of OpenAI-compatible servers, comma-separated (default: $RUSCARL_JUDGE_URL)")
-    judge_model: str = setting("", "model to ask there (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
+    check_sync: bool = setting(False, "before training, prove by log-probabilities that the sampler takes over weights")
+    judge: str = setting("auto", "who judges criteria without a rule: the servers at --judge-url (chat), or the policy "
+                         "(self); auto: chat where a server is given", ("auto", "rules", "chat", "self"))
+    judge_url: str = setting("", "base URLs of the judge's OpenAI-compatible servers, comma-separated (default: "
+                             "$RUSCARL_JUDGE_URL); the key is in $OPENAI_API_KEY")
+    judge_model: str = setting("", "model at --judge-url (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
     judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
-    judge_concurrency: int = setting(64, "judge requests at a time", above=0)
-    max_unknown: float = setting(0.1, "stop when a larger share of a step's verdicts could not be had", least=0, most=1)
-    held_out: int = setting(16, "tasks kept for evaluation", above=0)
+    judge_concurrency: int = setting(64, "requests to a model's servers at a time", above=0)
+    max_unknown: float = setting(0.1, "stop where a larger share of a step's verdicts could not be had", least=0, most=1)
+    held_out: int = setting(16, "tasks kept for evaluation and never trained on", above=0)
     eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last", above=0)
     eval_samples: int = setting(4, "responses to each held-out task", above=0)
-    save_every: int = setting(8, "checkpoint every so many steps; also after the last", above=0)
-    keep_checkpoints: int = setting(2, "checkpoints that are kept, the newest ones", above=0)
+    save_every: int = setting(8, "write a checkpoint every so many steps; also after the last", above=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", above=0)
     max_skipped: int = setting(3, "stop after so many steps in a row whose gradient was not finite", above=0)
-    token_budget: int = setting(2048, "tokens of one pack, the most that is in memory at a time", above=0)
+    token_budget: int = setting(2048, "tokens that pass through the model at a time; fewer take less memory", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    device: str = setting("auto", "where the policy computes", ("auto", "cpu", "cuda"))
-    offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer of a policy on a GPU; "
-                           "auto: where they would not fit", ("auto", "yes", "no"))
-    dtype: str = setting("auto", "precision of computing; weights are always kept in float32",
-                         ("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "where models compute; auto: cuda where there is a GPU", ("auto", "cpu", "cuda"))
+    offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer state of a policy on a "
+                           "GPU; auto: where they would not fit", ("auto", "yes", "no"))
+    dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
-    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, of one machine", above=0)
+    gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)
     tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
     def server(self, name):
-        """The servers of --NAME-url (judge, proposer or verifier), or None where no URL is given. Raises ValueError, naming
-        the flag, for settings that make no sense."""
+        """The Server of judge, proposer or verifier, or None where no URL is given. Raises ValueError, naming the flag."""
         return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
 
 
@@ -120,7 +118,8 @@ class Evaluation(Config):
 
     base: str = setting("", "a second model to compare with; novelty is measured against it")
     samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K", above=0)
-    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps; 0: all. A run brings its own", least=0)
+    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps for evaluation, 0: all tasks "
+                            "(default: what the run MODEL was started with)", least=0)
     temperature: float = setting(0.7, "sampling temperature; 0 takes the likeliest tokens", least=0)
     judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
                          "chat and self are asked about every criterion. Another judge judges the kept responses again",
@@ -129,7 +128,7 @@ class Evaluation(Config):
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
     chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
-    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k", "dtype", "judge",
+    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "top_p", "top_k", "dtype",
               "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
@@ -141,15 +140,15 @@ class Refinement(Config):
     responses: tuple = setting((), "files with responses to the tasks: samples.jsonl of evaluations, or lines of "
                               '{"prompt_id": ..., "responses": [texts]}')
     limit: int = setting(0, "only the first so many tasks; 0: all", least=0)
-    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; "
-                                "the key is in $PROPOSER_API_KEY")
-    proposer_model: str = setting("", "model to ask there (default: the only one served)")
-    proposer_extra: str = setting("", "JSON object added to each request to it, such as a switch for thinking")
-    verifier_url: str = setting("", "who checks criteria without rules (default: the proposer); key in $VERIFIER_API_KEY")
-    verifier_model: str = setting("", "model to ask there (default: the only one served)")
-    verifier_extra: str = setting("", "as --proposer-extra")
-    start: str = setting("prompt", "rubric to begin with: written from the question alone, or the task's own",
-                         ("prompt", "own"))
+    proposer_url: str = setting("", "base URLs of the servers of the model that writes the rubrics, comma-separated; the "
+                                "key is in $PROPOSER_API_KEY")
+    proposer_model: str = setting("", "model at --proposer-url (default: the only one served)")
+    proposer_extra: str = setting("", "JSON object added to each request to the proposer, such as a switch for thinking")
+    verifier_url: str = setting("", "base URLs of the servers that check criteria without rules (default: the proposer's); "
+                                "the key is in $VERIFIER_API_KEY")
+    verifier_model: str = setting("", "model at --verifier-url (default: the only one served)")
+    verifier_extra: str = setting("", "JSON object added to each request to the verifier")
+    start: str = setting("prompt", "first rubric: written from the question alone, or the task's own", ("prompt", "own"))
     rounds: int = setting(4, "most refinements of a rubric, two responses each", least=0)
     max_reversed: float = setting(0.2, "a refinement is kept if it reverses at most this share of the pairs of responses "
                                   "that the rubric told apart before", least=0, most=1)
@@ -160,18 +159,24 @@ class Refinement(Config):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line of which a mistake is one line and exit status 2."""
+    """A command line whose errors are one line, with exit status 2."""
 
     def add_flags(self, settings, shared=()):
         """A flag for each field of the dataclass `settings`, or for its own ones and those in `shared`; None: not given."""
         for field in dataclasses.fields(settings):
             if shared and field.name not in (*shared, *settings.__annotations__):
                 continue
-            default, paper, choices = field.default, PAPER.get(field.name) if not shared else None, field.metadata["choices"]
-            shown = "" if default in ("", False, ()) else f" [{default}{'' if paper is None else f'; paper {paper}'}]"
-            kind = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+", "metavar": "FILE"}}.get(
-                field.type, {"type": field.type, "choices": choices,
-                             "metavar": None if choices else getattr(field.type, "__name__", "").upper()})
+            default, paper = field.default, None if shared else PAPER.get(field.name)
+            shown = f" [{default}{'' if paper is None else f'; paper {paper}'}]"
+            if default in ("", ()) or (default is False and paper is None):
+                shown = ""
+            kind = {"type": field.type, "choices": field.metadata["choices"]}
+            if field.type is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            elif field.type is tuple:
+                kind = {"nargs": "+", "metavar": "FILE"}
+            elif not kind["choices"]:
+                kind["metavar"] = field.type.__name__.upper()
             self.add_argument(flag(field.name), default=None, help=field.metadata["help"] + shown, **kind)
 
     def given(self, argv, ranks=False):
@@ -182,7 +187,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message):
-        """Print the mistake and exit with status 2."""
+        """Print the error and exit with status 2."""
         terminal.error(self.prog, message)
         raise SystemExit(2)
 
@@ -214,6 +219,7 @@ def parse_training(argv=None):
 
 
 def _new(given):
+    """The Config of a new run: preset, then flags, then the environment."""
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "paper" if given.get("model", "smollm2") != "smollm2" else "laptop"
@@ -225,6 +231,7 @@ def _new(given):
 
 
 def _resumed(given):
+    """The Config of a run that is continued: its own, and the flags that may change."""
     name, saved = _saved(given.get("runs", Config.runs), given.get("name"))
     unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
@@ -250,7 +257,7 @@ def _saved(runs, name):
 
 def parse_evaluation(argv=None):
     """The Evaluation of evaluation.py's command line."""
-    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked plainly.")
+    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked without scaffold.")
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
     parser.add_flags(Evaluation, Evaluation.SHARED)
     given = parser.given(argv)

@@ -131,7 +131,8 @@ def parts(config, model_config, device, vllm, offload, dtype, longest=None):
         result.append(Part("reference model", P * (dtype.itemsize if gpu else 4) / ranks))
     result += update_parts(config, model_config, gpu, dtype, prompt if config.ratio == "scaffolded" else question)
     result += sampler_parts(config, model_config, gpu, vllm, dtype, P, prompt)
-    result.append(Part("interpreter and libraries", LIBRARIES["host"] + LIBRARIES["vllm"] * vllm, "host" if gpu else "device"))
+    libraries = LIBRARIES["host"] + LIBRARIES["vllm"] * vllm
+    result.append(Part("interpreter and libraries", libraries, "host" if gpu else "device"))
     if gpu:
         result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
     return [replace(part, bytes=part.bytes * here) if part.place == "host" or not gpu else part for part in result]
@@ -162,6 +163,6 @@ def device_bytes(config, device):
 
 
 def vllm_share(config, parts):
-    """The share of the GPU that vLLM may fill while it is awake: what can be filled, less what is always there."""
+    """The share of the GPU that vLLM may fill while it samples: what can be filled, less what is always there."""
     always = sum(part.bytes for part in parts if part.place == "device" and part.when == "always")
     return max(0.05, (device_bytes(config, "cuda") - always + LIBRARIES["vllm on cuda"]) / torch.cuda.mem_get_info()[1])

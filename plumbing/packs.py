@@ -4,9 +4,9 @@ A pack is [question, o_1, ..., o_k] with positions that restart after the questi
 response sees the question and itself only. The question is computed once; outside of the attention nothing is padded.
 
 Logits exist for a chunk of response tokens at a time: memory does not grow with tokens x vocabulary. Forward and backward
-pass of the output layer are by hand, because autograd would make new tensors for every chunk, and memory that was freed is
-not always memory that the next chunk can have: with glibc's allocator, 4,096 tokens and a vocabulary of 152,000 took 6.9 GB
-so, and take 0.4 GB here. The logits z are computed again in the backward pass, where
+pass of the output layer are by hand. Autograd would make new tensors for every chunk, and glibc's allocator cannot always
+reuse freed memory: 4,096 tokens and a vocabulary of 152,000 took 6.9 GB with autograd, and take 0.4 GB here. The backward
+pass computes the logits z again:
 
     d log p[target] / dz = (1[target] - p) / temperature
 """
@@ -30,15 +30,15 @@ class Pack:
 
     ids: torch.Tensor  # [1, tokens] question, then the responses without their last token (it predicts nothing here)
     positions: torch.Tensor  # [1, tokens] restarting after the question for every response
-    rows: torch.Tensor  # [responses, longest] where in the row each response's tokens are; then 0, nobody looks there
+    rows: torch.Tensor  # [responses, longest] where in `ids` each response's tokens are; 0 after its end, where nobody looks
     places: torch.Tensor  # [tokens after the question] where in the flattened `rows` each of them is
     logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
     targets: torch.Tensor  # [response tokens] the response tokens themselves
     members: list  # index into the samples, response by response
-    bias: torch.Tensor | None = None  # set by packed_attention on a CPU, the same in every layer
+    bias: torch.Tensor | None = None  # of the attention on a CPU, the same in every layer, which sets it
 
     def to(self, device):
-        """A copy whose tensors are on `device`."""
+        """A copy on `device`."""
         return replace(self, bias=None, **{field.name: getattr(self, field.name).to(device) for field in fields(self)
                                            if field.type is torch.Tensor})
 
@@ -49,20 +49,20 @@ def make_packs(prompts, responses, token_budget):
     prompts, responses: token-id lists, one of each a sample. A pack holds as many responses to one prompt as keep it
     within token_budget tokens; a sample that is longer by itself gets a pack of its own. Empty responses are left out.
     """
-    by_prompt = defaultdict(list)
+    by_prompt, packs = defaultdict(list), []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         if response:
             by_prompt[tuple(prompt)].append(i)
-    packs = []
     for prompt, members in by_prompt.items():
-        part, size = [], len(prompt)
+        parts, room = [], 0
         for i in sorted(members, key=lambda i: -len(responses[i])):
-            if part and size + len(responses[i]) - 1 > token_budget:
-                packs.append(_make_pack(prompt, part, responses))
-                part, size = [], len(prompt)
-            part.append(i)
-            size += len(responses[i]) - 1
-        packs.append(_make_pack(prompt, part, responses))
+            tokens = len(responses[i]) - 1
+            if not parts or tokens > room:
+                parts.append([])
+                room = token_budget - len(prompt)
+            parts[-1].append(i)
+            room -= tokens
+        packs += [_make_pack(prompt, part, responses) for part in parts]
     return packs
 
 
@@ -85,11 +85,10 @@ def _make_pack(prompt, members, responses):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **kwargs):
     """Attention within a pack, in two parts: the question to itself, and each response to the question and to itself.
 
-    query: [1, heads, tokens, width]; key, value: [1, kv heads, tokens, width]. The second part is a batch of responses,
-    whose keys are the question's and then their own; a token sees all of those up to its own place. Its cost grows with
+    query: [1, heads, tokens, width]; key, value: [1, kv heads, tokens, width]; returns ([1, tokens, heads, width], None).
+    The second part is a batch of responses, whose keys are the question's and then their own. Its cost grows with
     responses x longest x (question + longest), not with the square of the pack. Without a pack: PyTorch's own attention.
-    Returns ([1, tokens, heads, width], None). Worked example, question of 2 tokens and two responses of which 2 and 1
-    tokens are in the row: who (row) sees whom (column).
+    Worked example: which token (row) sees which (column), for a question of 2 tokens and responses with 2 and 1 in the pack.
 
         1 0 0 0 0
         1 1 0 0 0
@@ -106,13 +105,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         rows, heads, queries, width = query.shape
         if query.is_cuda and value.dtype == torch.float32:  # in which no fast kernel lets heads share keys
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-        if queries == key.shape[2]:
-            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
-                                                enable_gqa=heads != key.shape[1])
-        if query.is_cuda:
+        if query.is_cuda or queries == key.shape[2]:
             return scaled_dot_product_attention(query, key, value, causal_lower_right(queries, key.shape[2]), scale=scaling,
                                                 enable_gqa=heads != key.shape[1])
-        # On CPU it takes half the time when the heads that share keys are stacked, as in sampler.decode_attention.
+        # On a CPU it takes half the time when the heads that share keys are stacked.
         stacked = query.reshape(rows, key.shape[1], -1, width)  # [rows, kv heads, heads of each x queries, width]
         if pack.bias is None:
             unseen = torch.full((queries, key.shape[2]), -torch.inf).triu(key.shape[2] - queries + 1)
@@ -139,8 +135,6 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 ATTENTION = "packed"  # the name of packed_attention as a model's attn_implementation
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
 CHUNK = 256  # response tokens whose logits exist at a time
 
 
@@ -166,11 +160,10 @@ def _response_logprobs(model, pack, temperature, chunk):
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """Log-probability of each target, and the entropy, at a temperature: apply(hidden, weight, bias, targets, temperature,
-    chunk) returns two tensors, float32 [tokens]; the entropy has no gradient.
+    """apply(hidden, weight, bias, targets, temperature, chunk): (log-probability of each target, entropy), float32 [tokens].
 
     hidden: [tokens, width]; weight, bias: of the output layer, [vocabulary, width] and [vocabulary] or None; targets:
-    [tokens]; chunk: tokens whose logits exist at a time.
+    [tokens]; chunk: tokens whose logits exist at a time. The entropy has no gradient.
     """
 
     @staticmethod
@@ -178,15 +171,13 @@ class TargetLogprobs(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         log_sums, chosen, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        room = log_sums.new_empty(min(chunk, len(hidden)), len(weight))
         with torch.autocast(kind, enabled=False):
-            head = ChunkedHead(hidden, weight, bias, temperature, chunk, dtype)
-            room = torch.empty_like(head.logits)
-            for rows in head.chunks:
-                logits = head(rows)
-                exps = room[: len(logits)]
+            for rows, _, logits, _ in chunks_of_logits(hidden, weight.to(dtype), bias, temperature, chunk):
                 highest = logits.amax(-1, keepdim=True)
                 chosen[rows] = logits.gather(-1, targets[rows, None])[:, 0]
-                sums = torch.exp(logits.sub_(highest), out=exps).sum(-1)
+                exps = torch.exp(logits.sub_(highest), out=room[: len(logits)])
+                sums = exps.sum(-1)
                 log_sums[rows] = sums.log() + highest[:, 0]
                 entropy[rows] = sums.log() - exps.mul_(logits).sum(-1) / sums
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
@@ -198,18 +189,17 @@ class TargetLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         temperature, chunk, dtype = ctx.settings
-        head = ChunkedHead(hidden, weight, bias, temperature, chunk, dtype)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        weights, grad_hidden, grad_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        room = None if dtype == weight.dtype else torch.empty_like(weight, dtype=dtype)
-        for rows in head.chunks:
+        room = None if dtype == weight.dtype else torch.empty_like(weights)
+        for rows, inputs, logits, products in chunks_of_logits(hidden, weights, bias, temperature, chunk):
             scale = grad[rows, None] / temperature
-            grads = head(rows).sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
+            grads = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
             grads.scatter_add_(-1, targets[rows, None], scale)
             if bias is not None:
                 grad_bias += grads.sum(0)
-            grads, inputs = head.rounded(grads), hidden[rows].to(dtype)
-            grad_hidden[rows] = (grads @ head.weights).to(hidden.dtype)
+            grads = products.copy_(grads)
+            grad_hidden[rows] = (grads @ weights).to(hidden.dtype)
             if room is None:
                 grad_weight.addmm_(grads.T, inputs)
             else:
@@ -217,28 +207,19 @@ class TargetLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-class ChunkedHead:
-    """The output layer for `chunk` tokens at a time, multiplied in `dtype`, always in the same memory.
+def chunks_of_logits(hidden, weights, bias, temperature, chunk):
+    """Yield (slice of the tokens, their hidden states, their logits, room) for each `chunk` tokens, in the same memory.
 
-    chunks: slices of the tokens; weights: [vocabulary, width] in `dtype`; logits: the room, float32 [chunk, vocabulary].
+    The output layer multiplies in the dtype of `weights`. logits: float32 [chunk, vocabulary]. room: [chunk, vocabulary] in
+    the dtype of `weights`, where that is float32 the logits themselves.
     """
-
-    def __init__(self, hidden, weight, bias, temperature, chunk, dtype):
-        self.hidden, self.weights, self.bias, self.temperature = hidden, weight.to(dtype), bias, temperature
-        self.chunks = [slice(i, min(i + chunk, len(hidden))) for i in range(0, len(hidden), chunk)]
-        self.logits = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32)
-        self.products = self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
-
-    def __call__(self, rows):
-        """Logits of the tokens `rows`, float32 [chunk, vocabulary], until the next call."""
-        products, logits = (room[: rows.stop - rows.start] for room in (self.products, self.logits))
-        torch.mm(self.hidden[rows].to(self.weights.dtype), self.weights.T, out=products)
-        if products.dtype != logits.dtype:
-            logits.copy_(products)
-        if self.bias is not None:
-            logits += self.bias
-        return logits.div_(self.temperature)
-
-    def rounded(self, values):
-        """`values` [chunk, vocabulary] in `dtype`, in the room of the products."""
-        return values if self.products is self.logits else self.products[: len(values)].copy_(values)
+    all_logits = hidden.new_empty(min(chunk, len(hidden)), len(weights), dtype=torch.float32)
+    all_room = None if weights.dtype == torch.float32 else torch.empty_like(all_logits, dtype=weights.dtype)
+    for i in range(0, len(hidden), chunk):
+        inputs = hidden[i : i + chunk].to(weights.dtype)
+        logits = all_logits[: len(inputs)]
+        room = logits if all_room is None else all_room[: len(inputs)]
+        logits.copy_(torch.mm(inputs, weights.T, out=room))
+        if bias is not None:
+            logits += bias
+        yield slice(i, i + len(inputs)), inputs, logits.div_(temperature), room

@@ -61,7 +61,7 @@ def self_judged(config, tasks):
 
 
 def make_judge(client, tasks, tokenizer, sampler, context):
-    """Rules for criteria that have rules; for the others the server behind `client`, or where that is None the policy itself.
+    """Rules for criteria that have rules; for the others the server behind `client`, or else the policy itself.
 
     context: tokens that the policy may read when it judges.
     """
@@ -84,8 +84,9 @@ def drop_long(config, tasks, tokenizer):
 
     lengths: int [tasks, 2], tokens of each question without and with the whole scaffold.
     """
-    lengths = numpy.array([[len(prompt_ids(tokenizer, scaffold_messages(task.messages, shown))) for shown in ((), task.rubric)]
-                           for task in tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())])
+    measured = tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())
+    lengths = numpy.array([[len(prompt_ids(tokenizer, scaffold_messages(task.messages, shown)))
+                            for shown in ((), task.rubric)] for task in measured])
     fits = lengths[:, 1] <= config.max_prompt_tokens
     if not fits.any():
         raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
@@ -120,7 +121,7 @@ def choose_device(config):
 
 
 def choose_sampler(config, device):
-    """(whether vLLM samples, why). It does where it runs, and on the GPU of --gpu-gb; --sampler insists on one or the other."""
+    """(whether vLLM samples, why). It does where it runs, and on the GPU of --gpu-gb; --sampler insists on one."""
     if config.sampler == "transformers":
         return False, "--sampler transformers"
     obstacle = None if config.gpu_gb else vllm_obstacle(device)
@@ -195,8 +196,6 @@ def set_up(config):
     sampler.sync(named_weights(policy))
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
     run.open()
-    if not all(ranks.gather(run.seen())):
-        raise ValueError(f"--runs {config.runs}: not all ranks see it: it must be a folder that all machines share")
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
 

@@ -3,13 +3,13 @@
 All ranks walk through the same loop, in step:
 
     share      each rank samples and judges its part of the rollouts, with its own engine, for as long as it takes
-    together   the ranks meet, through a store and not a collective: no time-out runs while one of them still judges
+    together   the ranks meet in a store, not in a collective: no time-out runs while one of them still judges
     gather     what each rank has found is told to all
     deal       the packs of an update, one a rank at a time
 
-After `gather` every rank knows everything and comes to the same advantages, metrics and decisions. Rank 0, the leader,
-writes and speaks for all. A rank that dies ends the others within three minutes: one that waits in a meeting sees that the
-dead one shows no sign of life, and a collective has a time-out, since all ranks enter it together.
+After `gather` every rank comes to the same advantages, metrics and decisions. Rank 0, the leader, writes and speaks for all.
+A rank that dies ends the others within three minutes: in a meeting, because it shows no sign of life, and in a collective by
+the time-out, since all ranks enter a collective together.
 """
 
 import contextlib
@@ -22,18 +22,19 @@ import threading
 import time
 
 BEAT = 3  # seconds between two signs of life
-SILENCE = 60  # seconds without one, after which a rank that others wait for counts as dead,
-PATIENCE = 15  # or for a rank that has been told to stop, which torchrun kills after 30
+SILENCE = 60  # seconds without a sign of life, after which a rank counts as dead
+PATIENCE = 15  # the same after a signal: torchrun kills a rank 30 seconds after having told it to stop
 COLLECTIVE = 120  # seconds that a collective may take
 
-_rank, _size = int(os.environ.get("RANK", "0")), 1  # `join` sets the size, and the rank before it is torchrun's word
+_rank, _size = int(os.environ.get("RANK", "0")), 1  # until `join` sets both
 _store = None  # where ranks meet; None in a run of one process
 _meetings = 0
-_signal, _heard_at, _obedient = None, 0.0, False
+_signal, _heard_at = None, 0.0  # number and time of the first SIGINT or SIGTERM
+_interruptible = False  # whether a signal raises at once
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked the run to stop. Not an Exception: nothing that handles errors may swallow it."""
+    """SIGINT or SIGTERM asked the run to stop. A BaseException, which nothing that handles errors swallows."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -47,8 +48,8 @@ class Lost(RuntimeError):
 def join(device):
     """Become one of torchrun's ranks: the default process group, and this process's GPU where device is "cuda".
 
-    Without torchrun, a group of one is made on a GPU, before vLLM makes its own, which has no CPU side; on a CPU there is
-    none. Raises ValueError where a machine has fewer GPUs than ranks.
+    Without torchrun there is a group of one on a GPU, made before vLLM makes its own, which has no CPU side; on a CPU there
+    is none. Raises ValueError where a machine has fewer GPUs than ranks.
     """
     global _rank, _size, _store
     import torch
@@ -71,35 +72,34 @@ def join(device):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if _size > 1:
         _store.set(f"alive/{_rank}", "")
-        # A connection of its own: while one is used to wait for something, it serves no other thread.
+        # With a connection of its own: while one is used to wait for something, it serves no other thread.
         threading.Thread(target=_show_life, args=(_store.clone(),), daemon=True).start()
         meet()
 
 
 def _show_life(store):
-    """Set this rank's sign of life, again and again, until the process or the store ends."""
     with contextlib.suppress(RuntimeError):  # the store has ended; a meeting tells
         for beat in itertools.count():
             store.set(f"alive/{_rank}", str(beat))
             time.sleep(BEAT)
 
 
-def _gone(others, heard):
-    """Those of the ranks `others` that have shown no new sign of life for SILENCE seconds (PATIENCE, after a signal).
+def _check_life(late, heard):
+    """Raise Lost where some of the ranks `late` have shown no new sign of life for SILENCE seconds, PATIENCE after a signal.
 
     heard: {rank: (its last sign, when it was new)}, kept by the caller from one call to the next.
     """
-    now = time.monotonic()
-    for other in others:
+    now, limit = time.monotonic(), SILENCE if _signal is None else PATIENCE
+    for other in late:
         sign = _store.get(f"alive/{other}")
         if other not in heard or heard[other][0] != sign:
             heard[other] = sign, now
-    limit = SILENCE if _signal is None else PATIENCE
-    return [other for other in others if now - heard[other][1] > limit]
+    if gone := [str(other) for other in late if now - heard[other][1] > limit]:
+        raise Lost(f"rank {', '.join(gone)} is gone")
 
 
 def lost(error):
-    """What an error means: Lost where another rank is gone, in a meeting or in a collective, else None."""
+    """Lost, where an error means that another rank or the store is gone, in a meeting or in a collective; else None."""
     import torch.distributed as dist
 
     if isinstance(error, Lost):
@@ -110,7 +110,7 @@ def lost(error):
 
 
 def leave():
-    """Give up the process group, when all ranks do: at the end of a run, or where all stop together."""
+    """Give up the process group, when all ranks do."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -168,51 +168,39 @@ def gather(item):
 def meet(word=0):
     """Wait until all ranks are here; [each rank's `word`], an int. Polls, so that a signal is heard meanwhile.
 
-    Raises Lost where a rank that has not come shows no sign of life for SILENCE seconds, or the store is gone.
+    Raises Lost where a rank that has not come shows no sign of life, an error that `lost` knows where the store is gone.
     """
     global _meetings
     if _size == 1:
         return [word]
     _meetings += 1
-    keys, heard, pause, waited = [f"{_meetings}/{other}" for other in range(_size)], {}, 0.001, 0.0
-    try:
-        _store.set(keys[_rank], str(word))
-        while not _store.check(keys):
-            time.sleep(pause := min(0.2, 1.5 * pause))
-            waited += pause
-            if waited > BEAT:
-                waited = 0.0
-                if gone := _gone([other for other in range(_size) if not _store.check([keys[other]])], heard):
-                    raise Lost(f"rank {', '.join(map(str, gone))} is gone")
-        words = [int(_store.get(key)) for key in keys]
-        if leader() and _meetings > 1:  # everybody has read the last meeting's
-            for other in range(_size):
-                _store.delete_key(f"{_meetings - 1}/{other}")
-    except Lost:
-        raise
-    except RuntimeError:
-        raise Lost("the store in which ranks meet is gone") from None
-    return words
+    keys, heard, pause, looked = [f"{_meetings}/{other}" for other in range(_size)], {}, 0.001, time.monotonic()
+    _store.set(keys[_rank], str(word))
+    while not _store.check(keys):
+        time.sleep(pause := min(0.2, 1.5 * pause))
+        if time.monotonic() - looked > BEAT:
+            _check_life([other for other in range(_size) if not _store.check([keys[other]])], heard)
+            looked = time.monotonic()
+    _store.delete_key(f"{_meetings - 1}/{_rank}")  # everybody has read the last meeting's words
+    return [int(_store.get(key)) for key in keys]
 
 
 @contextlib.contextmanager
 def together():
     """Around what a rank does alone; all ranks come out of it at the same time.
 
-    Inside, SIGINT and SIGTERM are obeyed at once; one that comes at another time waits until here, so that what ranks do
-    with each other, such as an update, is done whole. A signal that any rank has got makes all raise Interrupted.
+    Inside, SIGINT and SIGTERM raise at once. A signal that comes outside waits for the next `together`, so that what ranks
+    do with each other, such as an update, is done whole. A signal that any rank has got makes all raise Interrupted.
     """
-    global _obedient
-    try:
-        if _signal is not None:
-            raise Interrupted(_signal)
+    global _interruptible
+    with contextlib.suppress(Interrupted):  # the others hear of it at the meeting, and all raise it there together
         try:
-            _obedient = True
+            _interruptible = True
+            if _signal is not None:
+                raise Interrupted(_signal)
             yield
         finally:
-            _obedient = False
-    except Interrupted:
-        pass  # the others hear of it at the meeting, and all raise it there together
+            _interruptible = False
     if number := max(meet(_signal or 0)):
         raise Interrupted(number)
 
@@ -224,19 +212,17 @@ def listen():
 
 
 def _hear(number, frame):
-    global _signal, _heard_at, _obedient
-    if _signal is not None:
-        if number == signal.SIGINT and time.monotonic() - _heard_at > 2:  # torchrun and the terminal can both send the first
-            os._exit(128 + number)
-        return
-    _signal, _heard_at = number, time.monotonic()
-    if _obedient:
-        _obedient = False
-        raise Interrupted(number)
+    global _signal, _heard_at
+    if _signal is None:
+        _signal, _heard_at = number, time.monotonic()
+        if _interruptible:
+            raise Interrupted(number)
+    elif number == signal.SIGINT and time.monotonic() - _heard_at > 2:  # torchrun and the terminal can both send the first
+        os._exit(128 + number)
 
 
 def complain(line):
-    """Print an error: of one that all ranks have, the leader's is enough; one that only this rank has, with its number."""
+    """Print an error: one that all ranks have once, by the leader; one that only this rank has with the rank's number."""
     if not leader():
         time.sleep(5)  # if the leader has the same error, it has left by then, and torchrun has ended this rank
         line = f"rank {_rank}: {line}"

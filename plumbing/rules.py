@@ -5,7 +5,7 @@ A criterion is ruled when its tags say so, in the tag form of the official Rusca
     "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
 
 `rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
-decided). Each rule is a factory that checks its parameters when the task file is loaded, not when a response is judged.
+decided). Parameters are checked when the task file is loaded, not when a response is judged.
 """
 
 import inspect
@@ -21,7 +21,7 @@ import regex  # like `re`, with a time-out: a pattern from a task file must not 
 
 SECONDS = 2.0  # the longest a pattern may search one response
 LONGEST = 10_000  # characters of a rule's parameters
-COPIES = 100_000  # of a part of a pattern: repeats within repeats are written out when it is compiled
+COPIES = 100_000  # of a part of a pattern: compiling writes repeats within repeats out
 
 
 def rule_from_tags(tags):
@@ -29,37 +29,32 @@ def rule_from_tags(tags):
 
     Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do not fit.
     """
-    values = {}
-    for tag in tags:
-        key, _, value = tag.partition(":")
-        if key in ("verifier", "function", "parameters"):
-            if key in values:
-                raise ValueError(f"two {key}: tags")
-            values[key] = value
+    pairs = [tag.split(":", 1) for tag in tags if tag.startswith(("verifier:", "function:", "parameters:"))]
+    values = unique_keys(pairs)
     if not values or values == {"verifier": "llm"}:
         return None
     if "verifier" not in values:
         raise ValueError(f"a {next(iter(values))}: tag without verifier:rule")
     if values["verifier"] != "rule":
         raise ValueError(f"verifier must be rule or llm, got {shown(values['verifier'])}")
-    name = values.get("function", "")
+    name, text = values.get("function", ""), values.get("parameters") or "{}"
     if name not in RULES:
         raise ValueError(f"unknown rule {shown(name)} (known: {', '.join(RULES)})")
-    if len(values.get("parameters", "")) > LONGEST:
+    if len(text) > LONGEST:
         raise ValueError(f"parameters of {name} are longer than {LONGEST:,} characters")
     try:
-        parameters = json.loads(values.get("parameters") or "{}", object_pairs_hook=unique_keys)
+        parameters = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"parameters of {name} are not JSON: {error}") from None
     if not isinstance(parameters, dict):
         raise ValueError(f"parameters of {name} must be a JSON object, got {shown(parameters)}")
     known = inspect.signature(RULES[name]).parameters
-    for parameter in parameters:
-        if parameter not in known:
-            raise ValueError(f"{name} has no parameter {shown(parameter)} (it has: {', '.join(known) or 'none'})")
-    for parameter, value in known.items():
-        if value.default is value.empty and parameter not in parameters:
-            raise ValueError(f"{name} needs the parameter {parameter}")
+    needed = {parameter for parameter, value in known.items() if value.default is value.empty}
+    if not needed <= set(parameters) <= set(known):
+        raise ValueError(f"{name} takes {', '.join(known) or 'no parameters'}, got {shown(list(parameters))}")
+    for parameter in {"limit", "items", "count"} & set(parameters):
+        if type(parameters[parameter]) is not int or parameters[parameter] < 1:
+            raise ValueError(f"{parameter} must be a whole number of at least 1, got {shown(parameters[parameter])}")
     return RULES[name](**parameters)
 
 
@@ -87,12 +82,6 @@ def _phrases(words):
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
         raise ValueError(f"words must be a list of non-empty strings, got {shown(words)}")
     return [normalize(word) for word in words]
-
-
-def _count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
-    return value
 
 
 BEFORE, AFTER = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; _ may be Markdown's
@@ -134,56 +123,48 @@ def ends_with(words):
 
 
 def ends_a_sentence():
-    """The response ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the number of a list: it
-    was not cut off."""
+    """The response ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the number of a list."""
     return lambda text: bool(regex.search(rf"[.!?]{TRAILING}*$", text) and not regex.search(r"(?:^|\n)\s*\d+[.)]\s*$", text))
 
 
 def max_words(limit):
     """One word or more, and at most `limit`."""
-    limit = _count("limit", limit)
     return lambda text: 1 <= len(text.split()) <= limit
 
 
 def min_words(limit):
     """At least `limit` words."""
-    limit = _count("limit", limit)
     return lambda text: len(text.split()) >= limit
 
 
 def sentences(text):
-    """Number of sentences: stretches of text closed by . ! ? (or by the end), list numbers such as "2." not counted."""
+    """Number of sentences: stretches of text closed by . ! ? (or by the end); list numbers such as "2." do not count."""
     text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
     return sum(1 for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part))
 
 
 def max_sentences(limit):
     """One sentence or more, and at most `limit`."""
-    limit = _count("limit", limit)
     return lambda text: 1 <= sentences(text) <= limit
 
 
 def min_sentences(limit):
     """At least `limit` sentences."""
-    limit = _count("limit", limit)
     return lambda text: sentences(text) >= limit
 
 
 def numbered_list(items=2):
     """At least `items` lines that begin with a number: "1. ..." or "1) ..."."""
-    items = _count("items", items)
     return lambda text: len(regex.findall(r"(?m)^\s*\d+[.)]\s", text)) >= items
 
 
 def bullet_list(items=2):
     """At least `items` lines that begin with -, * or a bullet."""
-    items = _count("items", items)
     return lambda text: len(regex.findall(r"(?m)^\s*[-*\u2022]\s", text)) >= items
 
 
 def asks_question(count=1):
     """At least `count` question marks."""
-    count = _count("count", count)
     return lambda text: text.count("?") >= count
 
 
@@ -206,8 +187,8 @@ def matches(pattern):
     return check
 
 
-# math-verify stops runaway algebra by a signal, and signals reach only a process's main thread. Judging happens in
-# threads, so the check runs in a worker process, in whose main thread the signal works.
+# math-verify stops runaway algebra by a signal, which reaches only a process's main thread. Judging happens in threads, so
+# the check runs in the main thread of a worker process.
 _math_worker = None
 
 
@@ -241,9 +222,6 @@ def math_verify(answer):
     return check
 
 
-RULES = {
-    rule.__name__: rule
-    for rule in (mentions_any, mentions_all, starts_with, ends_with, ends_a_sentence, max_words, min_words, max_sentences,
-                 min_sentences, numbered_list, bullet_list, asks_question, matches, math_verify)
-}
-RULES["regex"] = RULES.pop("matches")
+RULES = {rule.__name__: rule for rule in (
+    mentions_any, mentions_all, starts_with, ends_with, ends_a_sentence, max_words, min_words, max_sentences, min_sentences,
+    numbered_list, bullet_list, asks_question, math_verify)} | {"regex": matches}

@@ -7,6 +7,8 @@
                 checkpoints/        step_00010/: see checkpoints.py; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
                 curves.png          the metrics, drawn
+
+The leader writes; on other ranks everything that writes does nothing.
 """
 
 import dataclasses
@@ -29,15 +31,12 @@ def saved_config(runs, name):
 
     Raises FileNotFoundError where there is none, ValueError for a config.json that cannot be read.
     """
-    if not name:
-        folders = [path.parent for path in Path(runs).glob("*/config.json")]
-        if not folders:
-            raise FileNotFoundError(f"no run to resume in {runs}")
-        name = max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime).name
-    path = Path(runs) / name / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no run to resume at {path.parent}")
-    return name, read_object(path)
+    folders = [Path(runs) / name] if name else Path(runs).glob("*")
+    paths = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    if not paths:
+        raise FileNotFoundError(f"no run to resume in {Path(runs) / (name or '')}")
+    newest = max(paths, key=lambda path: path.stat().st_mtime)
+    return newest.parent.name, read_object(newest)
 
 
 def read_object(path):
@@ -61,14 +60,13 @@ def write_whole(path, text):
 class JsonLines:
     """A file of JSON objects, one a line, that is read when it is opened and then only appended to.
 
-    Opening repairs a last line that a kill cut off, and says so. check: a function that raises ValueError for a record that
-    does not belong there. rows: the records. Raises ValueError with file and line for what is no such record.
+    rows: the records. check: a function that raises ValueError for a record that does not belong there. Opening repairs a
+    last line that a kill cut off, and says so. Raises ValueError, with file and line, for any other line that is no record.
     """
 
     def __init__(self, path, check=lambda record: None):
         self.path, self.rows = Path(path), []
-        self._repair()
-        for number, line in enumerate(self.path.read_bytes().splitlines() if self.path.exists() else [], 1):
+        for number, line in enumerate(self._repaired().splitlines(), 1):
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict):
@@ -79,25 +77,30 @@ class JsonLines:
                 raise ValueError(f"{self.path}, line {number}: {why}") from None
             self.rows.append(record)
 
-    def _repair(self):
+    def _repaired(self):
         content = self.path.read_bytes() if self.path.exists() else b""
         begin = content.rfind(b"\n") + 1
-        if not content[begin:].startswith(b"{"):  # nothing, or no line of ours, which is refused when it is read
-            return
-        try:
-            json.loads(content[begin:])
-        except ValueError:
-            os.truncate(self.path, begin)
-            terminal.say(f"{self.path}: its last line was cut off, and is removed")
-        else:
-            with open(self.path, "ab") as file:  # the line lacks only its line break
-                file.write(b"\n")
+        if content[begin:].startswith(b"{"):  # else nothing, or no record, which is refused when it is read
+            try:
+                json.loads(content[begin:])
+                with open(self.path, "ab") as file:  # the line lacks only its line break
+                    file.write(b"\n")
+            except ValueError:
+                os.truncate(self.path, begin)
+                terminal.say(f"{self.path}: its last line was cut off, and is removed")
+                return content[:begin]
+        return content
 
     def append(self, records):
         """Add `records` at the end."""
         self.rows += records
         with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.write(as_lines(records))
+
+
+def as_lines(records):
+    """The text of a JSON-lines file."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def claim(folder, settings, kept):
@@ -137,37 +140,32 @@ class Run:
     """
 
     def __init__(self, config, tasks_digest):
+        self.config, self.tasks_digest, self.folder = config, tasks_digest, Path(config.runs) / config.name
+        self.metrics, self.digest = self.folder / "metrics.jsonl", self.folder / "tasks.sha256"
+        self.steps_done, self._saved, self._skipped = 0, None, 0
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
-        self.config = config
-        self.steps_done, self._saved, self._skipped, self._began = 0, None, 0, 0.0
-        self.folder = Path(config.runs) / config.name
-        self.metrics = self.folder / "metrics.jsonl"
         if self.folder.exists() and not config.resume:
             raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
-        self.tasks_digest = tasks_digest
-        digest = self.folder / "tasks.sha256"
-        if digest.exists() and digest.read_text(encoding="utf-8").strip() != tasks_digest:
+        if self.digest.exists() and self.digest.read_text(encoding="utf-8").strip() != tasks_digest:
             raise ValueError(f"cannot resume {self.folder}: the tasks in {config.tasks} have changed")
         there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise PermissionError(f"cannot write to {there} (--runs)")
 
     def open(self):
-        """Make the folder and connect the tracker; in a run of many ranks that is the leader's part, as all writing is."""
-        if not ranks.leader():
-            return
-        (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "tasks.sha256", self.tasks_digest + "\n")
-        write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        self._tracker = _tracker(self.config.tracker, self.folder, self.config)
-
-    def seen(self):
-        """Whether this rank sees the folder that the leader has opened, soon: shared disks may take their time."""
+        """Make the folder and connect the tracker. Raises ValueError where a rank does not see the folder soon: shared disks
+        may take their time."""
+        if ranks.leader():
+            (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            write_whole(self.digest, self.tasks_digest + "\n")
+            write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
+            self._tracker = _tracker(self.config.tracker, self.folder, self.config)
         began = time.monotonic()
-        while not (found := (self.folder / "tasks.sha256").is_file()) and time.monotonic() - began < 60:
+        while not (seen := self.digest.is_file()) and time.monotonic() - began < 60:
             time.sleep(0.5)
-        return found
+        if not all(ranks.gather(seen)):
+            raise ValueError(f"--runs {self.config.runs}: not all ranks see it: it must be a folder that all machines share")
 
     def steps(self):
         """The numbers of the steps that are left, behind a progress bar; `finish_step` ends each of them."""
@@ -177,10 +175,8 @@ class Run:
                 yield step
 
     def finish_step(self, step, row, rollouts, policy, optimizer):
-        """Log a step and what it sampled, show it, and keep a checkpoint where one is due.
-
-        Raises Stopped after --max-skipped steps in a row whose gradient was not finite, which will not mend itself.
-        """
+        """Log and show a step, and save a checkpoint where one is due. Raises Stopped after --max-skipped steps in a row
+        whose gradient was not finite."""
         seconds = time.monotonic() - self._began
         row = {"step": step, **row, "time/total": seconds, "time/step": seconds - row.get("time/eval", 0.0)}
         row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
@@ -203,29 +199,26 @@ class Run:
             return
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(as_lines([row]))
         self._tracker({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
-        rows = JsonLines(self.metrics).rows
-        for number, row in enumerate(rows, 1):
+        def check(row):
             if type(row.get("step")) is not int:
-                raise ValueError(f"{self.metrics}, line {number}: step: must be a whole number, got {row.get('step')!r}")
-        return rows
+                raise ValueError(f"step: must be a whole number, got {row.get('step')!r}")
+
+        return JsonLines(self.metrics, check).rows
 
     def save_rollouts(self, name, rollouts):
-        """rollouts/<name>.jsonl, a line a Rollout."""
-        if not ranks.leader():
-            return
-        with open(self.folder / "rollouts" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for r in rollouts:
-                criteria = [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
-                            for c, met in zip(r.task.rubric, r.verdicts)]
-                file.write(json.dumps({
-                    "task": r.task.id, "group": r.group, "sample": r.sample, "question": r.task.messages[-1]["content"],
+        """Write rollouts/<name>.jsonl, a line a Rollout."""
+        records = [{"task": r.task.id, "group": r.group, "sample": r.sample, "question": r.task.messages[-1]["content"],
                     "response": r.text, "finished": r.finished, "tokens": len(r.response_ids), "reward": r.reward,
-                    "advantage": r.advantage, "criteria": criteria}, ensure_ascii=False) + "\n")
+                    "advantage": r.advantage,
+                    "criteria": [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
+                                 for c, met in zip(r.task.rubric, r.verdicts)]} for r in rollouts]
+        if ranks.leader():
+            (self.folder / "rollouts" / f"{name}.jsonl").write_text(as_lines(records), encoding="utf-8")
 
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
@@ -238,8 +231,8 @@ class Run:
     def load_checkpoint(self, model, optimizer):
         """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done.
 
-        0, and nothing restored, where the run was stopped before its first; the metrics that it had are then kept beside
-        the new ones. Raises ValueError where there are some checkpoints, but none can be read.
+        That is 0 where there is no checkpoint; the metrics so far are then kept beside the new ones. Raises ValueError where
+        there are checkpoints, but none can be read.
         """
         from plumbing.checkpoints import load_newest
 
@@ -253,7 +246,7 @@ class Run:
                 terminal.say(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}")
             if [row["step"] for row in rows] != list(range(step)):
                 raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
-            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.metrics, as_lines(rows))
         return step
 
     def draw_curves(self):

@@ -1,4 +1,4 @@
-"""What a run tells the person in front of it: a line a step, a sample now and then, the table at the end."""
+"""What a command prints: messages, a progress bar, a line a step, a sample now and then, the table at the end."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from tqdm import tqdm
 
@@ -13,12 +14,10 @@ from plumbing import ranks
 
 _bar = tqdm(disable=True)
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")  # but white space that only moves on
-
 
 def printable(text):
-    """`text` without what a terminal would obey instead of showing it, such as escape sequences."""
-    return CONTROL.sub("\ufffd", text)
+    """`text` without control characters, which a terminal would obey; tabs and line breaks stay."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", "\ufffd", text)
 
 
 def one_line(text):
@@ -47,13 +46,13 @@ def advance(by=1):
 
 
 def say(line):
-    """A line for the person in front, above any progress bar; once, however many ranks there are."""
+    """Print a line on stderr, above any progress bar, by the leader only."""
     if ranks.leader():
         tqdm.write(line, sys.stderr)
 
 
 def error(command, message):
-    """The one line that tells a mistake; of many ranks' equal mistakes only one is told."""
+    """Print an error in one line; of equal errors of many ranks, one."""
     ranks.complain(f"{command}: error: {one_line(str(message))}")
 
 
@@ -85,23 +84,18 @@ def run_command(command, main):
 
 def step_line(row, rollouts, show_sample):
     """One line of the numbers that matter, and with show_sample the best response of the step."""
-    reward, plain = ("-" if row.get(key) is None else f"{row[key]:+.3f}" for key in ("reward/mean", "reward/unscaffolded"))
-    parts = [f"step {row['step']:3d}", f"reward {reward}", f"plain {plain}",
-             f"scaffold {row['scaffold/ratio']:.2f}", f"loss {row['loss']:+.4f}", f"entropy {row['entropy']:.2f}"]
-    if row.get("kl") is not None:
-        parts.append(f"kl {row['kl']:.4f}")
-    parts += [f"length {row['response/length']:.0f}", f"sampled {row['time/sample']:.0f} s",
-              f"updated {row['time/update']:.0f} s"]
-    if "eval/score" in row:
-        parts.append(f"held out {row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}")
-    tqdm.write("  ".join(parts))
+    shown = {"step": "step {:3d}", "reward/mean": "reward {:+.3f}", "reward/unscaffolded": "plain {:+.3f}",
+             "scaffold/ratio": "scaffold {:.2f}", "loss": "loss {:+.4f}", "entropy": "entropy {:.2f}", "kl": "kl {:.4f}",
+             "response/length": "length {:.0f}", "time/sample": "sampled {:.0f} s", "time/update": "updated {:.0f} s",
+             "eval/score": "held out {:+.3f}", "eval/score_se": "+- {:.3f}"}
+    tqdm.write("  ".join(words.format(row[name]) for name, words in shown.items() if row.get(name) is not None))
     advance()
     judged = [r for r in rollouts if r.reward is not None]
     if show_sample and judged:
         best = max(judged, key=lambda r: r.reward)
-        shown = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
-                 f"reward {best.reward:+.2f}) {best.text}\n")
-        tqdm.write(textwrap.indent(printable(shown), "    | "))
+        text = (f"\n{best.task.messages[-1]['content']}\n({len(best.shown)} of {len(best.task.rubric)} criteria shown, "
+                f"reward {best.reward:+.2f}) {best.text}\n")
+        tqdm.write(textwrap.indent(printable(text), "    | "))
 
 
 def summary(run, config):
@@ -109,38 +103,29 @@ def summary(run, config):
     rows = [row for row in run.rows() if "eval/score" in row]
     before, after = rows[0], rows[-1]
     print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
-    print(f"{'':42s}{'before':>16s}{'after':>16s}")
-    for label, key in (("score", "eval/score"), ("length, tokens", "eval/length")):
-        cells = [f"{row[key]:+.3f} +- {row['eval/score_se']:.3f}" if key == "eval/score" else f"{row[key]:.0f}"
-                 for row in (before, after)]
+    table = [("", "before", "after"),
+             ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
+             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),
+             *((one_line(text)[:40], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
+               for text, rate in sorted(before["eval/pass_rate"].items()) if text in after["eval/pass_rate"])]
+    for label, *cells in table:
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
-    for text in sorted(before["eval/pass_rate"]):
-        if text in after["eval/pass_rate"]:
-            print(f"{one_line(text)[:40]:42s}{before['eval/pass_rate'][text]:>16.0%}{after['eval/pass_rate'][text]:>16.0%}")
-    first, last = (_first_rollout(run, row["step"]) for row in (before, after))
+    columns = []
+    for name, row in (("before", before), ("after", after)):
+        with open(run.folder / "rollouts" / f"eval_{row['step']:05d}.jsonl", encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        reward = "not judged" if first["reward"] is None else f"reward {first['reward']:+.2f}"
+        columns.append(f"{name} ({reward})\n\n{first['response']}")
     print(f"\n{printable(first['question'][:100])}\n")
-    side_by_side(f"before ({_points(first)})\n\n{first['response']}", f"after ({_points(last)})\n\n{last['response']}")
+    side_by_side(*columns)
     print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
-
-
-def _first_rollout(run, step):
-    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readline())
-
-
-def _points(record):
-    return "not judged" if record["reward"] is None else f"reward {record['reward']:+.2f}"
 
 
 def side_by_side(left, right, width=58):
     """Print two texts as two columns."""
     columns = []
     for text in (left, right):
-        lines = []
-        for line in printable(text).splitlines():
-            lines += textwrap.wrap(line, width) or [""]
+        lines = [part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]]
         columns.append(lines[:40])
-    for i in range(max(map(len, columns))):
-        a, b = (column[i] if i < len(column) else "" for column in columns)
+    for a, b in zip_longest(*columns, fillvalue=""):
         print(f"{a:{width}s}  |  {b}")
-

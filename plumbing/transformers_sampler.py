@@ -1,4 +1,4 @@
-"""Sampling with transformers: batches with a key-value cache. What samples where vLLM does not run; needs nothing else."""
+"""Sampling with transformers, in batches with a key-value cache: the sampler where vLLM does not run."""
 
 import copy
 import random
@@ -18,25 +18,23 @@ def filtered_logprobs(logits, params):
     """Log-probabilities of the distribution that is drawn from: temperature, then top-k, then top-p, renormalised.
 
     logits: [rows, vocabulary], any float type. Returns float32 [rows, vocabulary], -inf where a token is filtered out.
-    Top-p keeps the smallest set of likeliest tokens whose probability reaches top_p (at least one token). At
-    temperature 0 all probability is on the likeliest token.
+    Top-p keeps the smallest set of likeliest tokens whose probability reaches top_p. At temperature 0 all probability is on
+    the likeliest token.
     """
     logits = logits.float()
     if params.allowed_token_ids:
         allowed = torch.tensor(params.allowed_token_ids, device=logits.device)
         logits = torch.full_like(logits, -torch.inf).index_copy_(-1, allowed, logits[:, allowed])
     if params.temperature == 0:
-        best = torch.full_like(logits, -torch.inf)
-        return best.scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
+        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
     logits = logits / params.temperature
     if 0 < params.top_k < logits.shape[-1]:
         kth = logits.topk(params.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if params.top_p < 1:
         probs, order = logits.softmax(-1).sort(-1, descending=True)
-        before = probs.cumsum(-1) - probs  # probability of everything likelier
-        drop = (before >= params.top_p).scatter(-1, order, before >= params.top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        drop = probs.cumsum(-1) - probs >= params.top_p  # everything likelier reaches top_p already
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
     return logits.log_softmax(-1)
 
 
@@ -53,8 +51,8 @@ def draw(logprobs, uniforms):
 def decode_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention of one new token a row against the cache; anything longer goes to PyTorch's own kernel.
 
-    query: [rows, heads, 1, width]; key, value: [rows, kv heads, cached, width]. Query heads that share a key head are
-    stacked instead of the keys being repeated for each: the cache is read once. On CPU this halves a decoding step.
+    query: [rows, heads, 1, width]; key, value: [rows, kv heads, cached, width]; returns ([rows, 1, heads, width], None).
+    Query heads that share a key head are stacked, so that the cache is read once. On a CPU this halves a decoding step.
     """
     rows, heads, length, width = query.shape
     if length > 1:
@@ -79,8 +77,7 @@ AttentionMaskInterface.register("decode", sdpa_mask)
 class RoomyLayer(DynamicLayer):
     """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
 
-    Room comes `block` tokens at a time and is zero; the mask, which is causal, hides it. There is what TransformersSampler
-    needs, no reset and no crop.
+    Room comes `block` tokens at a time and is zero; the causal mask hides it. Only what TransformersSampler calls is here.
     """
 
     block, tokens = 64, 0
@@ -90,8 +87,6 @@ class RoomyLayer(DynamicLayer):
         if not self.tokens:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
-            self.tokens = key_states.shape[2]
-            return key_states, value_states
         past, room = self.tokens, self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
         if room > 0:
             self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
@@ -111,34 +106,27 @@ class RoomyLayer(DynamicLayer):
 
 
 class TransformersSampler:
-    """Batched sampling with a KV cache through a transformers model.
-
-    model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens:
-    prompts are sorted by length and batched so that rows x (longest prompt + max_new_tokens) stays below it.
-    """
+    """model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens: a batch
+    has at most so many rows x (longest prompt + max_new_tokens)."""
 
     def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
         self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("decode")
-        self.stop_ids, self.dtype = frozenset(stop_ids), dtype
-        self.max_batch_tokens = max_batch_tokens
+        self.stop_ids, self.dtype, self.max_batch_tokens = frozenset(stop_ids), dtype, max_batch_tokens
 
     @torch.no_grad()
     def sync(self, weights):
-        """Copy `weights`, (name, tensor) for each parameter: what is sampled from now on comes from the updated policy.
-
-        Raises ValueError where one is missing or unknown.
-        """
+        """Copy the policy's `weights`, (name, tensor) of each. Raises ValueError where one is missing or unknown."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        seen = set()
+        missing = set(own)
         for name, weight in weights:
             if name not in own:
                 raise ValueError(f"sync: the sampler's model has no weight {name}")
             own[name].copy_(weight)
-            seen.add(name)
-        if seen != own.keys():
-            raise ValueError(f"sync: no weight came for {', '.join(sorted(own.keys() - seen)[:3])}")
+            missing.discard(name)
+        if missing:
+            raise ValueError(f"sync: no weight came for {', '.join(sorted(missing)[:3])}")
 
     def sleep(self):
         """Nothing to give back: the copy stays."""

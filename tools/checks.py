@@ -1,8 +1,8 @@
 """Two questions before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
 
 --judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
-the rules are the truth, and the judge is asked in the words of training. Agreement here bounds what a run can learn from
-this judge; criteria about wording and length are easier to state than medical ones, and counting words is harder.
+the rules are the truth, and the judge is asked as in training. Criteria about wording and length are easier to state than
+medical ones, and words are harder to count: a judge's agreement on another kind of criteria may differ.
 """
 
 import json
@@ -59,42 +59,39 @@ def interval(statistic, truth, verdicts, owners, draws=1000):
 
 
 def calibrate_judge(config):
-    """Ask the judge of `config` and print what came back; returns whether there was any verdict.
-
-    Raises ConnectionError or ValueError for a server that cannot judge.
-    """
+    """`calibrate` the judge at --judge-url. Raises ValueError for a server that cannot judge."""
     client = config.server("judge").connect(config.judge_concurrency)
     try:
-        return calibrate(ChatJudge(client)) != (None, None)
+        return calibrate(ChatJudge(client))
     finally:
         client.close()
 
 
 def calibrate(judge):
-    """Ask `judge` (a ChatJudge) about every known case and print what came back. Returns (agreement, balanced F1).
+    """Ask `judge` (a ChatJudge) about every known case and print what came back; returns whether there was any verdict.
 
-    Verdicts that could not be had are counted apart; (None, None) if there were no others.
+    Verdicts that could not be had are counted apart.
     """
     cases, start = known_cases(), time.monotonic()
     futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
     answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
     seconds, error = time.monotonic() - start, judge.counts()[2]
-    judged = [(criterion, known, answer, owner)
-              for (_, _, criterion, known, owner), answer in zip(cases, answers) if answer is not None]
+    judged = [(criterion, known, said, owner)
+              for (_, _, criterion, known, owner), said in zip(cases, answers) if said is not None]
     print(f"{len(judged)} of {len(cases)} verdicts, {len(cases) / seconds:.1f} a second")
     if len(judged) < len(cases):
         print(f"unknown: {len(cases) - len(judged)}" + (f", the last because of {error}" if error else ""))
-    if not judged:
-        return None, None
+    if judged:
+        print_agreement(judged)
+    return bool(judged)
+
+
+def print_agreement(judged):
+    """Print how often verdicts are right. judged: (criterion, truth, verdict, number of the response) of each."""
     truth, verdicts = (numpy.array([row[i] for row in judged]) for i in (1, 2))
-    owners = [row[3] for row in judged]
-
-    def agreement(truth, verdicts):
-        return float((truth == verdicts).mean())
-
     print(f"\n{'':14s}{'':>8s}  95% interval, over responses")
-    for name, statistic in (("agreement", agreement), ("balanced F1", balanced_f1)):
-        low, high = interval(statistic, truth, verdicts, owners)
+    for name, statistic in (("agreement", lambda truth, verdicts: (truth == verdicts).mean()), ("balanced F1", balanced_f1)):
+        low, high = interval(statistic, truth, verdicts, [owner for *_, owner in judged])
         print(f"{name:14s}{statistic(truth, verdicts):>8.3f}  {low:.3f} to {high:.3f}")
     print(f"always {'met' if truth.mean() > 0.5 else 'not met'} would agree in {max(truth.mean(), 1 - truth.mean()):.3f}")
     for sign, points in (("positive", 1), ("negative", -1)):
@@ -105,18 +102,15 @@ def calibrate(judge):
     wrong = Counter(criterion.text for criterion, known, said, _ in judged if known != said)
     total = Counter(criterion.text for criterion, *_ in judged)
     print("\nmost often wrong")
-    for text, count in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:5]:
+    for text, count in wrong.most_common(5):
         print(f"  {count:3d} of {total[text]:3d}  {text}")
-    return agreement(truth, verdicts), balanced_f1(truth, verdicts)
 
 
 def check_sync(config, policy, sampler, held_out, tokenizer):
-    """--check-sync: give the sampler other weights, then the policy's. Its log-probabilities must be far from the trainer's,
-    then equal.
+    """--check-sync: the sampler's log-probabilities must be far from the trainer's with other weights, equal after the sync.
 
-    The other weights are the policy's own with the rows of each tensor in reverse order: a tensor that keeps them, or the
-    arbitrary weights that vLLM starts from, shows. Equal: within 1e-4 a token in float32 on a CPU, else within 0.1 in the
-    mean, which bfloat16's rounding stays under. Raises ValueError if it is not so.
+    The other weights are the policy's with the rows of each tensor reversed: a tensor that is not taken over shows. Equal is
+    within 1e-4 a token in float32 on a CPU, else within 0.1 in the mean. Raises ValueError if it is not so.
     """
     prompts = [prompt_ids(tokenizer, task.messages) for task in held_out][: max(8, ranks.size())]
     other, _ = sampler_gap(config, policy, sampler, prompts, ((n, w.flip(0)) for n, w in named_weights(policy)))
@@ -129,8 +123,7 @@ def check_sync(config, policy, sampler, held_out, tokenizer):
 
 
 def sampler_gap(config, policy, sampler, prompts, weights):
-    """(mean, maximum) of |trainer's - sampler's log-probability| a token, once the sampler has `weights`: of short responses
-    to `prompts`, drawn without top-p and top-k."""
+    """(mean, maximum) of |trainer's - sampler's log-probability| over tokens of short responses, sampled with `weights`."""
     sampler.sync(weights)
     own = ranks.share(list(enumerate(prompts)))
     params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)

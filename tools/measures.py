@@ -244,46 +244,23 @@ def _row(label, columns, key, error=""):
 
 
 def draw(results, folder):
-    """best_of_n.png, tags.png where there are tags, novelty.png where there is a base, in `folder`."""
-    models, judge = list(results["models"].values()), results["judges"][0]
-    by_tag = [model["judges"][judge]["by_tag"] for model in models]
-    for name, picture, *shown in (("best_of_n", _draw_best_of_n, models), ("tags", _draw_tags, by_tag[0] and by_tag, models),
-                                  ("novelty", _draw_novelty, results["novelty"])):
-        if shown[0]:
-            figure = Figure((6, 4), layout="constrained")
-            picture(figure.subplots(), *shown)
-            figure.savefig(folder / f"{name}.png", dpi=150)
-
-
-def _label(text):
-    return one_line(text).replace("$", r"\$")  # a dollar sign would begin a formula
-
-
-def _draw_best_of_n(axes, models):
-    for model in models:
+    """best_of_n.png and, where there is a base, novelty.png in `folder`."""
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    for model in results["models"].values():
         for judge, found in model["judges"].items():
             n, means, errors = ([point[key] for point in found["best_of_n"]] for key in ("n", "mean", "se"))
-            axes.errorbar(n, means, errors, fmt="o-", markersize=3, capsize=2, label=_label(f"{model['name']}, {judge}"))
+            name = one_line(f"{model['name']}, {judge}").replace("$", r"\$")  # a dollar sign would begin a formula
+            axes.errorbar(n, means, errors, fmt="o-", markersize=3, capsize=2, label=name)
     axes.set(xlabel="N", ylabel="score of the best of N (not clipped)")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend()
-
-
-def _draw_tags(axes, by_tag, models):
-    """One row a tag. by_tag: for each model, {tag: healthbench's figures}."""
-    tags = list(by_tag[0])[:30][::-1]
-    axes.figure.set_size_inches(8, 1.5 + 0.3 * len(tags))
-    for i, (model, scores) in enumerate(zip(models, by_tag)):
-        known = [(row - 0.15 * i, scores[tag]) for row, tag in enumerate(tags) if tag in scores]
-        axes.errorbar([found["score"] for _, found in known], [row for row, _ in known], fmt="os"[i], capsize=2,
-                      xerr=[found["score_se"] for _, found in known], label=_label(model["name"]))
-    axes.set_yticks(range(len(tags)), [_label(f"{tag[:60]} ({by_tag[0][tag]['tasks']})") for tag in tags])
-    axes.set(xlabel="score, clipped, and its bootstrap error (examples in brackets)", xlim=(-0.02, 1.02))
-    axes.legend()
-
-
-def _draw_novelty(axes, novelty):
-    axes.stairs(novelty["histogram"]["counts"], novelty["histogram"]["log10_edges"], fill=True, alpha=0.6)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="log10 of rho_seq", ylabel="responses", title=f"MODEL to base: median {novelty['median']:.2f}")
+    figure.savefig(folder / "best_of_n.png", dpi=150)
+    if novelty := results["novelty"]:
+        figure = Figure((6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.stairs(novelty["histogram"]["counts"], novelty["histogram"]["log10_edges"], fill=True, alpha=0.6)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="log10 of rho_seq", ylabel="responses", title=f"MODEL to base: median {novelty['median']:.2f}")
+        figure.savefig(folder / "novelty.png", dpi=150)

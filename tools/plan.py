@@ -34,7 +34,7 @@ def print_plan(config):
         return memory.needs(config, model_config, device, vllm, dtype, longest)[1]
 
     room = {"device": memory.device_bytes(config, device)}
-    if device == "cuda" and not config.gpu_gb:  # of a GPU that is not there, nobody knows the host
+    if device == "cuda" and not config.gpu_gb:  # the host of a GPU that is not there is unknown
         room["host"] = memory.device_bytes(config, "cpu")
     parts = parts_of(config)
     print_memory(config, device, parts, room)
@@ -74,7 +74,7 @@ def print_work(config, train, held_out, lengths, tokenizer):
 
 
 def many(number):
-    """A count in words that can be read: 9,000; 1.3 million; 8.7 billion."""
+    """A count as text: 9,000; 1.3 million; 8.7 billion."""
     for size, word in ((1e9, " billion"), (1e6, " million")):
         if number >= size:
             return f"{number / size:,.1f}{word}"
