@@ -1,7 +1,6 @@
 """A tiny random chat model, runs of seconds with it, and a local HTTP server that misbehaves on request.
 
-What takes more than about 3 seconds is marked `slow`: `pytest -m "not slow"` leaves it out. Every slow test is work of its
-own for pytest-xdist and comes first; of the others, those of a file stay together.
+What takes more than about 3 seconds is marked `slow`: `pytest -m "not slow"` leaves it out.
 """
 
 import contextlib
@@ -103,18 +102,24 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def pytest_configure(config):
-    """A marker of pytest-xdist's, for when it is switched off."""
-    config.addinivalue_line("markers", "xdist_group(name): tests for the same worker")
-
-
 def pytest_collection_modifyitems(items):
-    """The longest first. A slow test without a group is a unit of work of its own; the other tests of a file are one."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            name = item.nodeid if item.get_closest_marker("slow") else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(name))
+    """The longest tests first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: -seconds(item))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out tests one by one, but for files whose tests share a server or an engine."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        """LoadScopeScheduling's scopes are the units of work that a worker gets."""
+
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return path if Path(path).stem in ("test_server", "test_vllm") else nodeid
+
+    return Scheduler(config, log)
 
 
 def seconds(item):

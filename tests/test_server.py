@@ -18,7 +18,7 @@ from judge import VERDICT_SCHEMA, ChatJudge, Judge, judge_messages, parse_verdic
 from plumbing.chat import ChatClient, ChatError
 from tasks import Criterion, Task
 
-pytestmark = [needs_vllm, pytest.mark.slow(60), pytest.mark.xdist_group("vllm server")]
+pytestmark = [needs_vllm, pytest.mark.slow(60)]
 QUESTION = [{"role": "user", "content": "I have a cold."}]
 CRITERIA = tuple(Criterion(f"Says {word}.", points) for word, points in
                  (("to rest", 3), ("to drink water", 2), ("something rude", -4), ("to see a doctor", 1)))
@@ -122,14 +122,17 @@ def until_stopped_in_the_middle(server, c):
 
 
 def test_requests_run_at_the_same_time(served):
-    c = client(served, max_tokens=1000, extra={"ignore_eos": True}, kind=Rambling)
-    futures = [c.submit(QUESTION) for _ in range(16)]
-    running = 0
-    while not all(future.done() for future in futures):
-        metrics = requests.get(f"http://127.0.0.1:{served.port}/metrics", timeout=PATIENCE).text
-        running = max([running, *(float(line.split()[-1]) for line in metrics.splitlines()
-                                  if line.startswith("vllm:num_requests_running"))])
-    assert running > 4 and c.counts["failures"] == 0
+    def steps():
+        """(steps of the engine so far, tokens in them)."""
+        text = requests.get(f"http://127.0.0.1:{served.port}/metrics", timeout=PATIENCE).text
+        return [sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+                for name in ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum")]
+
+    c, before = client(served, max_tokens=500, extra={"ignore_eos": True}, kind=Rambling), steps()
+    futures = [c.submit([{"role": "user", "content": "Hi"}]) for _ in range(16)]
+    assert all(isinstance(future.result(), str) for future in futures)
+    taken, tokens = (after - then for after, then in zip(steps(), before))
+    assert tokens >= 16 * 500 and tokens / taken > 4 and c.counts["failures"] == 0
 
 
 def test_a_wrong_model_name_and_a_too_long_prompt_are_final(served):

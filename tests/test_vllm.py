@@ -11,7 +11,7 @@ from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler, filtered_logprobs
 from sampler import CPU_BLOCK, SamplingParams, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
 
-pytestmark = [needs_vllm, pytest.mark.xdist_group("vllm")]  # one engine at a time, and vllm is imported once
+pytestmark = needs_vllm
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
 STOP = 1
 
