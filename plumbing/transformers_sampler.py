@@ -4,9 +4,8 @@ import copy
 import random
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -74,37 +73,6 @@ AttentionInterface.register("decode", decode_attention)
 AttentionMaskInterface.register("decode", sdpa_mask)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of a layer, with room for tokens to come: transformers' own layer copies everything for each token.
-
-    Room comes `block` tokens at a time and is zero; the causal mask hides it. Only what TransformersSampler calls is here.
-    """
-
-    block, tokens = 64, 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append the keys and values of new tokens, each [rows, kv heads, new, width]; returns all of them and the room."""
-        if not self.tokens:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-        past, room = self.tokens, self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
-        if room > 0:
-            self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
-        self.tokens += key_states.shape[2]
-        self.keys[:, :, past : self.tokens] = key_states
-        self.values[:, :, past : self.tokens] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self):
-        """Tokens so far."""
-        return self.tokens
-
-    def get_mask_sizes(self, query_length):
-        """(number of keys that `update` returns for so many new tokens, 0)."""
-        tokens = self.tokens + query_length
-        return (-(-tokens // self.block) * self.block if self.tokens else tokens), 0
-
-
 class TransformersSampler:
     """model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens: a batch
     has at most so many rows x (longest prompt + max_new_tokens)."""
@@ -157,7 +125,7 @@ class TransformersSampler:
         mask = torch.tensor([[0] * left + [1] * (longest - left) for left in lefts], device=device)  # [distinct, longest]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        cache = Cache(layer_class_to_replicate=RoomyLayer)
+        cache = DynamicCache()
         logits = self._forward(ids, mask, positions, cache)
         rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
