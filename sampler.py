@@ -7,10 +7,9 @@ A sampler is anything with four functions:
     sleep()                          leaves its memory to the update, until the next sync
     close()                          ends it
 
-VLLMSampler here wherever vLLM runs, else TransformersSampler (plumbing/transformers_sampler.py). A sampler holds a copy of
-the policy in its own precision: a cache, which `sync` refreshes after every update. Each response draws from a generator of
-its own, whose seed is an address (seed, step, group, sample), so that a response does not depend on what it was batched
-with, nor on where a run was interrupted, as far as rounding allows.
+VLLMSampler here wherever vLLM runs, else TransformersSampler (plumbing/transformers_sampler.py). Each holds a copy of the
+policy in its own precision. Each response draws from a generator of its own, whose seed is an address (seed, step, group,
+sample): it does not depend on what it was batched with, nor on where a run was interrupted, as far as rounding allows.
 
 vLLM by itself would keep old weights and what it cached with them, end a response at other tokens than the policy's stop
 tokens, report log-probabilities before temperature, and change how float32 is multiplied; here it must not.
@@ -66,20 +65,17 @@ def vllm_obstacle(device):
     if importlib.util.find_spec("vllm") is None:
         return "vllm is not installed"
     try:
-        platform = _import_vllm().platforms.current_platform
+        runs_on = _import_vllm().platforms.current_platform.device_type
     except Exception as error:  # a build that does not fit this machine can fail in any way while it is imported
         return f"vllm does not import: {' '.join(str(error).split())[:200]}"
-    if platform.device_type != device:
-        return f"this vllm runs on {platform.device_type or 'no device'}, the policy is on {device}"
-    return None
+    return None if runs_on == device else f"this vllm runs on {runs_on or 'no device'}, the policy is on {device}"
 
 
 def _import_vllm():
     """The vllm package, told to run its engine in this process and to be quiet; seconds the first time."""
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # bound threads would be stuck on a core that is busy
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**settings, **os.environ})  # what is set already stays
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     import vllm.platforms
@@ -105,11 +101,9 @@ def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs):
 class VLLMSampler:
     """vLLM's engine in this process, driven step by step.
 
-    config: the policy's transformers config. The engine is built from the config alone, with arbitrary weights; `sync` has
-    to come before the first sample. dtype: precision of the engine. max_model_len: longest prompt with its response, in
-    tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake, if so much is free; on CPU the
-    key-value cache takes cpu_cache_bytes. max_num_seqs: most sequences in flight; the others wait. Raises ValueError for a
-    model or a machine that vLLM refuses.
+    config: the policy's transformers config. The weights are arbitrary until the first `sync`. max_model_len: longest
+    prompt with its response, in tokens. gpu_memory: share of the GPU's memory that the engine may take while it is awake, if
+    so much is free. max_num_seqs: most sequences in flight. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
     def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5, max_num_seqs=MAX_NUM_SEQS):
@@ -146,10 +140,8 @@ class VLLMSampler:
                 torch.set_num_threads(threads)
 
     def sync(self, weights):
-        """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters.
-
-        A tied output layer must come under its own name too: the engine may keep a second copy of it.
-        """
+        """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters; a tied output
+        layer under its own name, too: the engine may keep a second copy of it."""
         if self._asleep:
             torch.cuda.empty_cache()  # what the update has freed
             self._llm.wake_up(tags=["weights"])
@@ -173,11 +165,8 @@ class VLLMSampler:
         engine.engine_core.shutdown()
 
     def sample(self, prompts, seeds, params):
-        """Yield a Response for every prompt as it finishes, in no fixed order.
-
-        prompts: list of token-id lists; seeds: one int each. Raises ValueError for a prompt that is empty, or too long for
-        max_model_len.
-        """
+        """Yield a Response for every prompt (a list of token ids, with a seed each) as it finishes, in no fixed order.
+        Raises ValueError for a prompt that is empty, or too long for max_model_len."""
         if not all(prompts):
             raise ValueError("an empty prompt cannot be continued")
         longest = max(map(len, prompts), default=0)
@@ -187,21 +176,16 @@ class VLLMSampler:
         engine = self._llm.llm_engine
         try:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                engine.add_request(str(index), {"prompt_token_ids": prompt}, self._request(seed, params))
+                engine.add_request(str(index), {"prompt_token_ids": prompt}, self._vllm.SamplingParams(
+                    max_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
+                    seed=seed, logprobs=0 if params.logprobs else None,  # 0: of the token that was drawn
+                    stop_token_ids=self.stop_ids, ignore_eos=True,  # our stop tokens and no others end a response
+                    allowed_token_ids=list(params.allowed_token_ids) or None, detokenize=False,
+                    output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     answer = output.outputs[0]
-                    logprobs = ([at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids)]
-                                if params.logprobs else [])
-                    yield Response(int(output.request_id), list(answer.token_ids), logprobs,
-                                   answer.finish_reason == "stop")
+                    logprobs = [at[token].logprob for at, token in zip(answer.logprobs or [], answer.token_ids)]
+                    yield Response(int(output.request_id), list(answer.token_ids), logprobs, answer.finish_reason == "stop")
         finally:  # also where the caller stops early
             engine.abort_request([str(index) for index in range(len(prompts))])
-
-    def _request(self, seed, params):
-        # Our stop tokens and no others end a response; log-probabilities are those of the token that was drawn.
-        return self._vllm.SamplingParams(
-            max_tokens=params.max_new_tokens, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k,
-            seed=seed, logprobs=0 if params.logprobs else None, stop_token_ids=self.stop_ids, ignore_eos=True,
-            allowed_token_ids=list(params.allowed_token_ids) or None, detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY)

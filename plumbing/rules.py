@@ -5,16 +5,15 @@ A criterion is ruled when its tags say so, in the tag form of the official Rusca
     "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
 
 `rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
-decided). Parameters are checked when the task file is loaded, not when a response is judged.
+decided). Each rule is a factory. Parameters are checked when the task file is loaded, not when a response is judged.
 """
 
 import inspect
 import json
 import math
 import re
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import regex  # like `re`, with a time-out: a pattern from a task file must not be able to hang the run
@@ -25,10 +24,8 @@ COPIES = 100_000  # of a part of a pattern: compiling writes repeats within repe
 
 
 def rule_from_tags(tags):
-    """The rule named by `tags`, as a function str -> bool | None; None where the tags name no rule.
-
-    Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do not fit.
-    """
+    """The rule named by `tags`, as a function str -> bool | None; None where the tags name no rule. Raises ValueError that
+    says what is wrong: unknown function, parameters that are not a JSON object or do not fit."""
     pairs = [tag.split(":", 1) for tag in tags if tag.startswith(("verifier:", "function:", "parameters:"))]
     values = unique_keys(pairs)
     if not values or values == {"verifier": "llm"}:
@@ -51,10 +48,9 @@ def rule_from_tags(tags):
     known = inspect.signature(RULES[name]).parameters
     needed = {parameter for parameter, value in known.items() if value.default is value.empty}
     if not needed <= set(parameters) <= set(known):
-        raise ValueError(f"{name} takes {', '.join(known) or 'no parameters'}, got {shown(list(parameters))}")
-    for parameter in {"limit", "items", "count"} & set(parameters):
-        if type(parameters[parameter]) is not int or parameters[parameter] < 1:
-            raise ValueError(f"{parameter} must be a whole number of at least 1, got {shown(parameters[parameter])}")
+        raise ValueError(f"{name} takes {', '.join(known)}, got {shown(list(parameters))}")
+    for parameter in set(CHECKS) & set(parameters):
+        parameters[parameter] = CHECKS[parameter](parameter, parameters[parameter])
     return RULES[name](**parameters)
 
 
@@ -78,10 +74,16 @@ def normalize(text):
     return " ".join(text.lower().replace("\u2019", "'").split())
 
 
-def _phrases(words):
-    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(f"words must be a list of non-empty strings, got {shown(words)}")
-    return [normalize(word) for word in words]
+def _words(name, value):
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
+        raise ValueError(f"{name} must be a list of non-empty strings, got {shown(value)}")
+    return [normalize(word) for word in value]
+
+
+def _count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {shown(value)}")
+    return value
 
 
 BEFORE, AFTER = r"(?<![^\W_])", r"(?![^\W_])"  # of a word; _ may be Markdown's
@@ -89,83 +91,39 @@ CLOSING = r"[\p{Pf}\p{Pe}\"'*_]"  # quotes, brackets, Markdown
 TRAILING = r"[\s\p{S}\p{M}\p{Cf}\p{Pf}\p{Pe}\"'*_]"  # these, space and emoji
 
 
-def _mentions(phrases, text):
-    """Whether each phrase occurs. Whole words only: "rest" is not mentioned by "restaurant"."""
-    text = normalize(text)
-    return [regex.search(BEFORE + regex.escape(phrase) + AFTER, text) is not None for phrase in phrases]
-
-
-def mentions_any(words):
-    """At least one of the words or phrases occurs (whole words, any case)."""
-    phrases = _phrases(words)
-    return lambda text: any(_mentions(phrases, text))
-
-
-def mentions_all(words):
-    """Every one of the words or phrases occurs."""
-    phrases = _phrases(words)
-    return lambda text: all(_mentions(phrases, text))
-
-
-def starts_with(words):
-    """The response begins with one of the phrases."""
-    phrases = _phrases(words)
-    return lambda text: any(regex.match(regex.escape(p) + AFTER, normalize(text)) for p in phrases)
+def phrases(enough, before, after, words):
+    """`enough`, any or all, of the words or phrases occur between the patterns `before` and `after`, in any case."""
+    patterns = [before + regex.escape(word) + after for word in words]
+    return lambda text: enough(regex.search(pattern, normalize(text)) for pattern in patterns)
 
 
 def ends_with(words):
     """The response ends with one of the phrases; closing punctuation, white space and emoji do not count."""
-    phrases = [phrase.rstrip(".!?") for phrase in _phrases(words)]
-    if not all(phrases):
+    ends = [word.rstrip(".!?") for word in words]
+    if not all(ends):
         raise ValueError(f"words of ends_with must be more than punctuation, got {shown(words)}")
-    ends = [rf"{BEFORE}{regex.escape(phrase)}(?:[.!?]|{TRAILING})*$" for phrase in phrases]
-    return lambda text: any(regex.search(end, normalize(text)) for end in ends)
+    return phrases(any, BEFORE, rf"(?:[.!?]|{TRAILING})*$", ends)
 
 
-def ends_a_sentence():
-    """The response ends with . ! or ?, which quotes, brackets and emoji may follow, and not with the number of a list."""
-    return lambda text: bool(regex.search(rf"[.!?]{TRAILING}*$", text) and not regex.search(r"(?:^|\n)\s*\d+[.)]\s*$", text))
+def at_most(split, limit):
+    """`split` finds one part or more in the response, and at most `limit`."""
+    return lambda text: 1 <= len(split(text)) <= limit
 
 
-def max_words(limit):
-    """One word or more, and at most `limit`."""
-    return lambda text: 1 <= len(text.split()) <= limit
-
-
-def min_words(limit):
-    """At least `limit` words."""
-    return lambda text: len(text.split()) >= limit
+def at_least(split, limit):
+    """`split` finds `limit` or more parts in the response."""
+    return lambda text: len(split(text)) >= limit
 
 
 def sentences(text):
-    """Number of sentences: stretches of text closed by . ! ? (or by the end); list numbers such as "2." do not count."""
+    """A list of stretches of text closed by . ! ? (or by the end); list numbers such as "2." do not count."""
     text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
-    return sum(1 for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part))
-
-
-def max_sentences(limit):
-    """One sentence or more, and at most `limit`."""
-    return lambda text: 1 <= sentences(text) <= limit
-
-
-def min_sentences(limit):
-    """At least `limit` sentences."""
-    return lambda text: sentences(text) >= limit
+    return [part for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part)]
 
 
 def numbered_list(items=2):
     """At least `items` lines that begin with a number: "1. ..." or "1) ..."."""
     return lambda text: len(regex.findall(r"(?m)^\s*\d+[.)]\s", text)) >= items
-
-
-def bullet_list(items=2):
-    """At least `items` lines that begin with -, * or a bullet."""
-    return lambda text: len(regex.findall(r"(?m)^\s*[-*\u2022]\s", text)) >= items
-
-
-def asks_question(count=1):
-    """At least `count` question marks."""
-    return lambda text: text.count("?") >= count
 
 
 def matches(pattern):
@@ -202,10 +160,8 @@ def _math_verify_here(answer, text):
 
 
 def math_verify(answer):
-    """The response's final answer equals `answer`, a number or LaTeX; None when that cannot be decided in 30 s.
-
-    In the response, LaTeX has to stand in $...$, \\(...\\), \\[...\\] or \\boxed{}, as math-verify wants it.
-    """
+    """The response's final answer equals `answer`, a number or LaTeX (in the response in $...$, \\(...\\), \\[...\\] or
+    \\boxed{}, as math-verify wants it); None when that cannot be decided in 30 s."""
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"answer must be a non-empty string, got {shown(answer)}")
 
@@ -215,13 +171,18 @@ def math_verify(answer):
             _math_worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         try:
             return _math_worker.submit(_math_verify_here, answer, text).result(timeout=30)
-        except (FutureTimeout, BrokenProcessPool):
+        except (TimeoutError, BrokenExecutor):
             _math_worker = None  # the next check starts another
             return None
 
     return check
 
 
-RULES = {rule.__name__: rule for rule in (
-    mentions_any, mentions_all, starts_with, ends_with, ends_a_sentence, max_words, min_words, max_sentences, min_sentences,
-    numbered_list, bullet_list, asks_question, math_verify)} | {"regex": matches}
+RULES = {  # name in a tag: function from the parameters to a rule
+    # Whole words: "restaurant" does not mention "rest".
+    "mentions_any": partial(phrases, any, BEFORE, AFTER), "mentions_all": partial(phrases, all, BEFORE, AFTER),
+    "starts_with": partial(phrases, any, "^", AFTER), "ends_with": ends_with,
+    "max_words": partial(at_most, str.split), "min_words": partial(at_least, str.split),
+    "max_sentences": partial(at_most, sentences), "min_sentences": partial(at_least, sentences),
+    "numbered_list": numbered_list, "math_verify": math_verify, "regex": matches}
+CHECKS = {"words": _words, "limit": _count, "items": _count}  # of parameters, whichever rule takes them

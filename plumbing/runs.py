@@ -27,26 +27,27 @@ class Stopped(RuntimeError):
 
 
 def saved_config(runs, name):
-    """(name, config as a dict) of the run `name` in the folder `runs`; of the newest run if name is empty.
-
-    Raises FileNotFoundError where there is none, ValueError for a config.json that cannot be read.
-    """
+    """(name, config as a dict) of the run `name` in the folder `runs`; of the newest run if name is empty. Raises
+    FileNotFoundError where there is none, ValueError for a config.json that cannot be read."""
     folders = [Path(runs) / name] if name else Path(runs).glob("*")
-    paths = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    paths = [path for folder in folders if (path := folder / "config.json").is_file()]
     if not paths:
         raise FileNotFoundError(f"no run to resume in {Path(runs) / (name or '')}")
     newest = max(paths, key=lambda path: path.stat().st_mtime)
     return newest.parent.name, read_object(newest)
 
 
-def read_object(path):
-    """The JSON object in the file `path`, a dict. Raises ValueError for anything else."""
+def read_object(place, text=None, check=lambda found: None):
+    """The JSON object `text`, or else that in the file `place`, as a dict. Raises ValueError, which names the place, for
+    anything else and for what `check` refuses."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: unreadable JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object")
+        found = json.loads(place.read_bytes() if text is None else text)
+        if not isinstance(found, dict):
+            raise ValueError("must be a JSON object")
+        check(found)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        unreadable = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+        raise ValueError(f"{place}: {'unreadable JSON: ' if unreadable else ''}{error}") from None
     return found
 
 
@@ -65,17 +66,9 @@ class JsonLines:
     """
 
     def __init__(self, path, check=lambda record: None):
-        self.path, self.rows = Path(path), []
-        for number, line in enumerate(self._repaired().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("not a JSON object")
-                check(record)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                why = "not a JSON object" if isinstance(error, json.JSONDecodeError | RecursionError) else error
-                raise ValueError(f"{self.path}, line {number}: {why}") from None
-            self.rows.append(record)
+        self.path = Path(path)
+        self.rows = [read_object(f"{path}, line {number}", line, check)
+                     for number, line in enumerate(self._repaired().splitlines(), 1)]
 
     def _repaired(self):
         content = self.path.read_bytes() if self.path.exists() else b""
@@ -92,7 +85,6 @@ class JsonLines:
         return content
 
     def append(self, records):
-        """Add `records` at the end."""
         self.rows += records
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(as_lines(records))
@@ -104,19 +96,17 @@ def as_lines(records):
 
 
 def claim(folder, settings, kept):
-    """Add `settings` to settings.json in `folder`, made if need be: what is kept there was made with these.
-
-    kept: name of the file that is kept. Raises ValueError where settings.json says something else or is missing.
-    """
+    """Add `settings` to settings.json in `folder`, made if need be: the file there named `kept` was made with these. Raises
+    ValueError where settings.json says something else or is missing."""
     path = folder / "settings.json"
     saved = read_object(path) if path.exists() else {}
     if not saved and (folder / kept).exists():
         raise ValueError(f"--output {folder}: there is a {kept} without its settings.json")
     for name, value in settings.items():
-        if name in saved and saved[name] != value:
+        if saved.get(name, value) != value:
             label = name if " " in name else "--" + name.replace("_", "-")
-            raise ValueError(f"--output {folder} was made with another {label}: {saved[name]!r} there, "
-                             f"{value!r} now; give another --output")
+            raise ValueError(f"--output {folder} was made with another {label}: {saved[name]!r} there, {value!r} now; "
+                             "give another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({**saved, **settings}, indent=1) + "\n")
@@ -132,8 +122,7 @@ PANELS = {  # of curves.png: label: metrics
 
 
 class Run:
-    """A run's folder. Making a Run checks that the name is free (or that config.resume is set); `open` then makes the
-    folder, so that a run that never starts leaves nothing behind.
+    """A run's folder. Only `open` makes it, so that a run that never starts leaves nothing behind.
 
     tasks_digest: a hash of all tasks. Raises FileExistsError for a name that is taken, PermissionError for a place that
     cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed.
@@ -154,13 +143,12 @@ class Run:
             raise PermissionError(f"cannot write to {there} (--runs)")
 
     def open(self):
-        """Make the folder and connect the tracker. Raises ValueError where a rank does not see the folder soon: shared disks
-        may take their time."""
+        """Make the folder and connect the tracker. Raises ValueError where a rank does not see the folder in a minute."""
         if ranks.leader():
             (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
             write_whole(self.digest, self.tasks_digest + "\n")
             write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-            self._tracker = _tracker(self.config.tracker, self.folder, self.config)
+            self._track = _tracker(self.config.tracker, self.folder, self.config)
         began = time.monotonic()
         while not (seen := self.digest.is_file()) and time.monotonic() - began < 60:
             time.sleep(0.5)
@@ -175,8 +163,7 @@ class Run:
                 yield step
 
     def finish_step(self, step, row, rollouts, policy, optimizer):
-        """Log and show a step, and save a checkpoint where one is due. Raises Stopped after --max-skipped steps in a row
-        whose gradient was not finite."""
+        """Log, show and save a step. Raises Stopped after --max-skipped steps in a row whose gradient was not finite."""
         seconds = time.monotonic() - self._began
         row = {"step": step, **row, "time/total": seconds, "time/step": seconds - row.get("time/eval", 0.0)}
         row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
@@ -185,8 +172,8 @@ class Run:
         self.steps_done = step + 1
         self._skipped = self._skipped + 1 if row["skipped_steps"] else 0
         if self._skipped >= self.config.max_skipped:
-            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); lower "
-                          "--lr, or look at the last rollouts")
+            raise Stopped(f"the gradient was not finite in {self._skipped} steps in a row (limit --max-skipped); "
+                          "lower --lr, or look at the last rollouts")
         if self.steps_done % self.config.save_every == 0 or self.steps_done == self.config.steps:
             terminal.phase("saving")
             self.save_checkpoint(policy, optimizer)
@@ -200,7 +187,7 @@ class Run:
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(as_lines([row]))
-        self._tracker({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+        self._track({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
@@ -229,11 +216,8 @@ class Run:
             self._saved = self.steps_done
 
     def load_checkpoint(self, model, optimizer):
-        """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done.
-
-        That is 0 where there is no checkpoint; the metrics so far are then kept beside the new ones. Raises ValueError where
-        there are checkpoints, but none can be read.
-        """
+        """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done, 0 without a
+        checkpoint. Raises ValueError where there are checkpoints, but none can be read."""
         from plumbing.checkpoints import load_newest
 
         self.steps_done = step = load_newest(self.folder / "checkpoints", model, optimizer)
@@ -241,8 +225,7 @@ class Run:
         if ranks.leader():
             rows = [row for row in self.rows() if row["step"] < step]
             if step == 0 and self.metrics.exists():
-                old = self.metrics.with_name("metrics.old.jsonl")
-                os.replace(self.metrics, old)
+                old = self.metrics.replace(self.metrics.with_name("metrics.old.jsonl"))
                 terminal.say(f"{self.folder} starts again from step 0; its metrics so far are in {old.name}")
             if [row["step"] for row in rows] != list(range(step)):
                 raise ValueError(f"{self.metrics}: does not hold steps 0 to {step - 1}, which the checkpoint was made after")
@@ -253,37 +236,24 @@ class Run:
         """curves.png from metrics.jsonl."""
         from matplotlib.figure import Figure
 
-        rows = self.rows()
-        figure = Figure((13, 7), layout="constrained")
+        rows, figure = self.rows(), Figure((13, 7), layout="constrained")
         figure.suptitle(self.folder.name)
-        for axis, (label, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
+        axes = figure.subplots(2, 3).flat
+        if evals := [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]:
+            axes[0].errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2, zorder=3,
+                             label="eval/score (held out, no scaffold), 1 s.e.")
+        for axis, (label, names) in zip(axes, PANELS.items()):
             for name, style in zip(names, ("-", "--", ":", "-.")):
                 if points := [(row["step"], row[name]) for row in rows if name in row]:
                     axis.plot(*zip(*points), style, label=name, linewidth=1.4)
-            evals = [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]
-            if label == "score" and evals:
-                axis.errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2,
-                              label="eval/score (held out, no scaffold), 1 s.e.")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=8)
+            axis.legend(*axis.get_legend_handles_labels(), fontsize=8)
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 
 def _tracker(name, folder, config):
     """A function (numbers, step) that sends them to `name`."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(folder / "tensorboard")
-
-        def send(numbers, step):
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-
-        return send
     if name == "wandb":
         import wandb
 
@@ -291,5 +261,16 @@ def _tracker(name, folder, config):
         run = wandb.init(project="ruscarl", name=config.name, dir=folder, config=dataclasses.asdict(config), resume="allow",
                          id=known.read_text(encoding="utf-8") if known.exists() else None)
         write_whole(known, run.id)
-        return lambda numbers, step: run.log(numbers, step=step)
-    return lambda numbers, step: None
+        return run.log
+    if name == "none":
+        return lambda numbers, step: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def send(numbers, step):
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return send
