@@ -47,7 +47,7 @@ class LossParams:
     kl_coef: float = 0.0
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float | None = None
+    dual_clip: float = 0.0  # 0: off
     temperature: float = 1.0  # the one that the responses were sampled at
     tis: float = 0.0  # cap of truncated_importance; 0: all tokens weigh 1
 
@@ -177,7 +177,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     if params.kl_coef and reference is None:
         raise ValueError(f"kl_coef {params.kl_coef} needs a reference model")
     precompute(model, reference, mini_batches, params, token_budget)
-    clip = dict(clip_low=params.clip_low, clip_high=params.clip_high, dual_clip=params.dual_clip)
+    clip = dict(clip_low=params.clip_low, clip_high=params.clip_high, dual_clip=params.dual_clip or None)
     sums, gaps, norms, done, samples = Counter(), [], [], 0, sum(map(len, mini_batches))
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)

@@ -227,7 +227,7 @@ def refine(config):
     lines = [{"prompt_id": task.id, "prompt": task.messages, "rubrics": decisions.of[task.id]["rubric"],
               "example_tags": list(task.tags)} for task in tasks if task.id in decisions.of]
     write_whole(folder / "tasks.jsonl", as_lines(lines))
-    return tasks, decisions, {server: Counter(client.usage()) for server, client in clients.items()}
+    return tasks, decisions, {server: client.counts for server, client in clients.items()}
 
 
 def main(config):

@@ -24,7 +24,6 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import nan
 
 import numpy
 import torch
@@ -160,7 +159,7 @@ def sample_and_judge_share(rollouts, sampler, judge, tokenizer, params):
 
 def set_advantages(rollouts, group_size):
     """Group-relative advantages; a response without a reward gets 0 and does not count in its group."""
-    rewards = torch.tensor([nan if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
+    rewards = torch.tensor([torch.nan if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards.view(-1, group_size))  # [groups, G]
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
@@ -168,13 +167,13 @@ def set_advantages(rollouts, group_size):
 
 def tasks_of_step(config, step, tasks):
     """The batch_size tasks of a step: a fresh shuffle of all tasks each epoch, known from seed and step alone."""
-    batch, order, shuffled = [], None, None
+    batch, orders = [], {}
     for position in range(step * config.batch_size, (step + 1) * config.batch_size):
         epoch, index = divmod(position, len(tasks))
-        if epoch != shuffled:
-            order, shuffled = list(range(len(tasks))), epoch
-            random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(order)
-        batch.append(tasks[order[index]])
+        if epoch not in orders:
+            orders[epoch] = list(range(len(tasks)))
+            random.Random(address_seed(config.seed, "epoch", epoch)).shuffle(orders[epoch])
+        batch.append(tasks[orders[epoch][index]])
     return batch
 
 
@@ -197,8 +196,7 @@ def fading(config):
 
 def loss_params(config):
     """The settings of the loss."""
-    return grpo.LossParams(config.kl, config.clip_low, config.clip_high, config.dual_clip or None, config.temperature,
-                           config.tis)
+    return grpo.LossParams(config.kl, config.clip_low, config.clip_high, config.dual_clip, config.temperature, config.tis)
 
 
 def evaluate(config, step, sampler, judge, tokenizer, held_out, run):
@@ -253,8 +251,7 @@ def pass_rates(rollouts):
 
 
 def main(action, config: Config):
-    """Train, plan or calibrate. Returns the exit status: 1 for a run that had to stop. Raises ValueError or OSError for a
-    mistake of the user's, found before training begins."""
+    """Train, plan or calibrate. Returns the exit status: 1 for a run that had to stop, or does not fit."""
     if action != "train":
         answer = print_plan if action == "plan" else calibrate_judge
         return 0 if not ranks.leader() or answer(config) else 1  # of many ranks, one answer is enough

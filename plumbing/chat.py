@@ -246,11 +246,6 @@ class ChatClient:
                 say(f"{url} cannot be reached; waiting for it, {self.patience:.0f} s at the most")
             return outage
 
-    def usage(self):
-        """A copy of the counts."""
-        with self._lock:
-            return dict(self.counts)
-
     def quoted(self, text):
         """What a server said, as an error may repeat it: one line of at most 200 characters, without the key."""
         key = os.environ.get(self.key_variable)

@@ -2,15 +2,15 @@
 
 import argparse
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from plumbing import terminal
 from plumbing.chat import Server
+from plumbing.ranks import complain
 from plumbing.runs import saved_config
+from plumbing.terminal import one_line
 from scaffold import DECAYS, PATTERNS
 
 
@@ -188,7 +188,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print the error and exit with status 2."""
-        terminal.error(self.prog, message)
+        complain(f"{self.prog}: error: {one_line(message)}")
         raise SystemExit(2)
 
 
@@ -330,9 +330,9 @@ def check(config):
     """Raise ValueError, naming the flag, for a value outside of its range or one that does not fit another."""
     for field in dataclasses.fields(config):
         value, (least, above, most) = getattr(config, field.name), field.metadata["range"]
-        if above is not None and not above < value < math.inf:
+        if above is not None and not above < value < float("inf"):
             raise ValueError(f"{flag(field.name)} must be above {above} and finite, got {value}")
-        if least is not None and not least <= value < math.inf:
+        if least is not None and not least <= value < float("inf"):
             raise ValueError(f"{flag(field.name)} must be at least {least} and finite, got {value}")
         if most is not None and value > most:
             raise ValueError(f"{flag(field.name)} must be at most {most}, got {value}")

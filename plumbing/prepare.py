@@ -84,7 +84,7 @@ def drop_long(config, tasks, tokenizer):
 
     lengths: int [tasks, 2], tokens of each question without and with the whole scaffold.
     """
-    measured = tqdm(tasks, "measuring prompts", leave=False, disable=ranks.silent())
+    measured = tqdm(tasks, "measuring prompts", leave=False, disable=None if ranks.leader() else True)
     lengths = numpy.array([[len(prompt_ids(tokenizer, scaffold_messages(task.messages, shown)))
                             for shown in ((), task.rubric)] for task in measured])
     fits = lengths[:, 1] <= config.max_prompt_tokens

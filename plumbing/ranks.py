@@ -132,11 +132,6 @@ def leader():
     return _rank == 0
 
 
-def silent():
-    """tqdm's `disable`: one progress bar is enough, and none (None) where there is no terminal."""
-    return None if leader() else True
-
-
 def share(items):
     """This rank's part of `items`, a contiguous one."""
     return items[len(items) * _rank // _size : len(items) * (_rank + 1) // _size]

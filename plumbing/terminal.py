@@ -29,7 +29,7 @@ def one_line(text):
 def progress(total, done, unit):
     """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it."""
     global _bar
-    with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=ranks.silent()) as _bar:
+    with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=None if ranks.leader() else True) as _bar:
         yield
     _bar = tqdm(disable=True)
 
@@ -51,11 +51,6 @@ def say(line):
         tqdm.write(line, sys.stderr)
 
 
-def error(command, message):
-    """Print an error in one line; of equal errors of many ranks, one."""
-    ranks.complain(f"{command}: error: {one_line(str(message))}")
-
-
 def exit_status(command, main):
     """What main() returns; 2, after one line, where it raises ValueError or OSError; 130 after Ctrl-C.
 
@@ -66,7 +61,7 @@ def exit_status(command, main):
     except (ValueError, OSError) as mistake:
         if os.environ.get("RUSCARL_TRACEBACK"):
             raise
-        error(command, mistake)
+        ranks.complain(f"{command}: error: {one_line(str(mistake))}")
         return 2
     except KeyboardInterrupt:
         ranks.complain(f"{command}: interrupted; the same command starts again, or goes on where it keeps what is done")

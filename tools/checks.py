@@ -8,6 +8,7 @@ medical ones, and words are harder to count: a judge's agreement on another kind
 import json
 import time
 from collections import Counter, defaultdict
+from contextlib import closing
 
 import numpy
 import torch
@@ -66,20 +67,15 @@ def equal_verdicts(truth, verdicts, owners):
 
 
 def calibrate_judge(config):
-    """`calibrate` the judge at --judge-url. Raises ValueError for a server that cannot judge."""
-    client = config.server("judge").connect(config.judge_concurrency)
-    try:
-        return calibrate(ChatJudge(client))
-    finally:
-        client.close()
+    """Ask the judge at --judge-url about every known case and print what came back; returns whether there was any verdict.
 
-
-def calibrate(judge):
-    """Ask `judge` (a ChatJudge) about every known case and print what came back; returns whether there was any verdict."""
-    cases, start = known_cases(), time.monotonic()
-    futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
-    answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
-    seconds, error = time.monotonic() - start, judge.counts()[2]
+    Verdicts that could not be had are counted apart. Raises ValueError for a server that cannot judge.
+    """
+    with closing(ChatJudge(config.server("judge").connect(config.judge_concurrency))) as judge:
+        cases, start = known_cases(), time.monotonic()
+        futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
+        answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
+        seconds, error = time.monotonic() - start, judge.counts()[2]
     judged = [(criterion, known, said, owner)
               for (_, _, criterion, known, owner), said in zip(cases, answers) if said is not None]
     print(f"{len(judged)} of {len(cases)} verdicts, {len(cases) / seconds:.1f} a second")

@@ -1,8 +1,7 @@
 """--plan: what a run will do and whether it fits, before any weights are loaded."""
 
 import dataclasses
-
-import numpy
+from statistics import mean
 
 from judge import judge_messages
 from plumbing import memory
@@ -58,27 +57,19 @@ def print_work(config, train, held_out, lengths, tokenizer):
                  f"({config.steps * config.batch_size / len(train):.1f} epochs)",
         "samples": f"{samples:,} to train on, {evaluated:,} in {evaluations} evaluations",
         "prompt tokens": f"{plain:.0f} in the mean, {shown:.0f} with the whole scaffold, {longest:,} at the most",
-        "response tokens": f"up to {config.max_new_tokens:,} each, {many(samples * config.max_new_tokens)} to train on",
+        "response tokens": f"up to {config.max_new_tokens:,} each, {samples * config.max_new_tokens:,.0f} to train on",
         "judge calls": "none: all criteria have rules",
     }
     unruled = [(task, c) for task in train for c in task.rubric if rule_from_tags(c.tags) is None]
     if unruled:
         asked = len(unruled) / len(train)  # criteria a response
         calls = asked * (samples + evaluated)
-        read = numpy.mean([len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for task, c in unruled[:200]])
-        lines["judge calls"] = f"{asked * config.batch_size * config.group_size:,.0f} a step, {many(calls)} in all"
-        lines["judge tokens"] = (f"{read:.0f} and the response in each call: {many(calls * read)} and up to "
-                                 f"{many(calls * config.max_new_tokens)} in all")
+        read = mean(len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for task, c in unruled[:200])
+        lines["judge calls"] = f"{asked * config.batch_size * config.group_size:,.0f} a step, {calls:,.0f} in all"
+        lines["judge tokens"] = (f"{read:.0f} and the response in each call: {calls * read:,.0f} and up to "
+                                 f"{calls * config.max_new_tokens:,.0f} in all")
     for name, line in lines.items():
         print(f"  {name:18s}{line}")
-
-
-def many(number):
-    """A count as text: 9,000; 1.3 million; 8.7 billion."""
-    for size, word in ((1e9, " billion"), (1e6, " million")):
-        if number >= size:
-            return f"{number / size:,.1f}{word}"
-    return f"{number:,.0f}"
 
 
 def print_memory(config, device, parts, room):
