@@ -38,8 +38,9 @@ class Pack:
     bias: torch.Tensor | None = None  # of the attention on a CPU, the same in every layer, which sets it
 
     def to(self, device):
-        """A copy on `device`."""
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if torch.is_tensor(part)})
+        """A copy on `device`, for another model: without the bias."""
+        parts = {name: part.to(device) for name, part in vars(self).items() if torch.is_tensor(part)}
+        return replace(self, **{**parts, "bias": None})
 
 
 def make_packs(prompts, responses, token_budget):

@@ -71,7 +71,7 @@ def test_what_is_stored(name):
 
 
 @pytest.mark.slow(100)
-@pytest.mark.parametrize("name", reversed(NOTEBOOKS))  # the longest, which are the last, first
+@pytest.mark.parametrize("name", NOTEBOOKS[::-1])  # the longest, which are the last, first
 def test_it_runs(name):
     notebook = nbformat.read(FOLDER / name, as_version=4)
     stored = [kinds(cell) for cell in code_cells(notebook)]
