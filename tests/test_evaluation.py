@@ -393,6 +393,7 @@ def test_a_run_is_evaluated_on_what_it_held_out(model_folder, tmp_path, capsys):
     assert "not finished" in refused(evaluation, capsys, run)
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_two_models_one_engine_after_the_other(model_folder, other_folder, tmp_path):
     arguments = [model_folder, "--base", other_folder, *flags(tmp_path), "--sampler", "vllm"]
@@ -474,5 +475,5 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
 
 
 def test_help_is_quick():
-    status, out, _, seconds = command(EVALUATE, "--help")
+    status, out, _, seconds = command(EVALUATE, "--help", fresh=True)
     assert status == 0 and seconds < 3 and "--judge-url" in out and "--eval-every" not in out

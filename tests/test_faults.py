@@ -204,6 +204,7 @@ def test_one_verdict_in_twenty_that_fails_is_unknown_and_the_run_goes_on(flags, 
         assert (row["reward"] is None) == missing and (not missing or row["advantage"] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 1])
 def test_a_judge_that_fails_too_often_stops_the_run_which_can_go_on(flags, well_judged, server, tmp_path, share):
     asked = 3 * 2 * 4 + 2 * 2 * 4 * 4  # criteria of the first evaluation and of two steps

@@ -12,7 +12,8 @@ from plumbing import memory
 from plumbing.config import parse_training
 from sampler import kv_bytes_per_token
 
-SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1"]
+SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1",
+         "--group-size", "4"]
 # Peak of a command, by its own child's accounting.
 MEASURE = ("import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True); "
            "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)")
@@ -25,6 +26,7 @@ def qwen_7b():
                        tie_word_embeddings=False)
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("flags", [
     ["--sampler", "transformers", "--gradient-checkpointing"],
     pytest.param(["--sampler", "vllm", "--kl", "0.001", "--dtype", "bfloat16"], marks=needs_vllm),
@@ -66,6 +68,7 @@ def test_a_key_value_cache_by_hand():
     assert kv_bytes_per_token(qwen_7b(), torch.bfloat16) == 2 * 28 * 4 * 128 * 2
 
 
+@pytest.mark.slow
 def test_the_plan_names_the_flag_that_makes_it_fit(model_folder, tmp_path):
     folder = tmp_path / "qwen"
     qwen_7b().save_pretrained(folder)

@@ -1,9 +1,9 @@
 """Refinement of rubrics: every decision by hand, and the command line with a language model that fails."""
 
 import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +12,7 @@ import pytest
 
 import refine
 import ruscarl
-from conftest import ROOT, command, completion, read, refused
+from conftest import ROOT, command, completion, read, refused, start
 from plumbing.chat import ChatClient, ChatError
 from refine import Decisions, best_two, read_responses, refine_task, reversed_share
 from tasks import Criterion, Task, load_tasks
@@ -349,8 +349,8 @@ def test_killed_and_continued(server, tmp_path):
 
     server.answers = slowly
     flags = [prompts, "--responses", texts, "--proposer-url", server.url, "--judge-concurrency", "1", "--output", out]
-    process = subprocess.Popen([sys.executable, REFINE, *map(str, flags)], cwd=ROOT, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
+    with open(os.devnull, "w") as nowhere:
+        process = start(REFINE, *flags, stdout=nowhere.fileno(), stderr=nowhere.fileno())
     while not (out / "progress.jsonl").exists() or len(read(out / "progress.jsonl")) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -424,5 +424,5 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
 
 
 def test_help_is_quick():
-    status, out, _, seconds = command(REFINE, "--help")
+    status, out, _, seconds = command(REFINE, "--help", fresh=True)
     assert status == 0 and seconds < 3 and "--proposer-url" in out and "--group-size" not in out
