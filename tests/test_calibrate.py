@@ -38,6 +38,7 @@ def test_known_cases_hold_both_answers_for_both_signs():
     assert len({owner for *_, owner in cases}) == 40
 
 
+@pytest.mark.slow(5)
 def test_a_perfect_a_contrary_and_a_failing_judge(server):
     known = {(response, criterion.text): truth for _, response, criterion, truth, _ in known_cases()}
 

@@ -109,6 +109,7 @@ def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
     assert status == 2 and "tasks in" in err and "have changed" in err
 
 
+@pytest.mark.slow(5)
 def test_interrupt_without_a_checkpoint_can_be_resumed(tiny, tmp_path):
     status, _, err, _ = command(RUN, *tiny, "--save-every", "4", "--name", "early",
                                 signalled=(signal.SIGINT, r"^open \S*rollouts/eval_00000"))

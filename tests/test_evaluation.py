@@ -291,6 +291,7 @@ def test_unknown_verdicts_are_asked_again_and_nothing_else(model_folder, server,
     assert len(read(tmp_path / "out" / "samples.jsonl")) == 48
 
 
+@pytest.mark.slow(5)
 def test_another_judge_judges_the_kept_responses_again(model_folder, other_folder, server, tmp_path, monkeypatch, here):
     monkeypatch.delenv("RUSCARL_JUDGE_URL", raising=False)
     second = Server(model="second")

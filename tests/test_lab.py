@@ -66,6 +66,7 @@ def test_mixed_up_scaffolds_half_of_the_batch_with_other_rubrics():
     assert [list(r.task.rubric) == r.shown for r in rollouts if r.shown] == [True, True, False, False]
 
 
+@pytest.mark.slow(5)
 def test_the_whole_lab_and_its_continuation(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "base_model", lambda rate, cache: lab.make_model(lab.make_tokenizer(), rate, steps=5)
                         .save_pretrained(tmp_path / f"base_{rate}"))

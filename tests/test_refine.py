@@ -336,6 +336,7 @@ def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):
     client.close()
 
 
+@pytest.mark.slow(5)
 def test_killed_and_continued(server, tmp_path):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out"
     texts = write_lines(tmp_path / "texts.jsonl", [sample(str(i), text) for i in range(12)
