@@ -196,7 +196,7 @@ def how_far(record):
 
 
 def refine(config):
-    """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions, {server: its ChatClient's usage})."""
+    """Refine what --output lacks and write its tasks.jsonl. Returns (tasks, Decisions, {server: its client's counts})."""
     everything = load_tasks(config.tasks, need_rubrics=config.start == "own")
     tasks = everything[: config.limit or None]
     responses = read_responses(config.responses, [task.id for task in everything])

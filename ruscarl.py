@@ -14,7 +14,6 @@ what needed prompting becomes habit.
 
 import sys
 
-from plumbing.config import Config
 from plumbing.config import parse_training as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
@@ -250,7 +249,7 @@ def pass_rates(rollouts):
     return {text: sum(met) / len(met) for text, met in sorted(verdicts.items()) if len(owners[text]) > 1}
 
 
-def main(action, config: Config):
+def main(action, config):
     """Train, plan or calibrate. Returns the exit status: 1 for a run that had to stop, or does not fit."""
     if action != "train":
         answer = print_plan if action == "plan" else calibrate_judge

@@ -5,12 +5,11 @@ tells two responses apart, the better one: 0, 1 or None). Both raise ChatError w
 """
 
 import json
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from judge import Judge
-from plumbing.chat import ChatError, json_object
+from plumbing.chat import json_object
 from plumbing.rules import normalize, rule_from_tags, shown
 from tasks import Criterion
 
@@ -123,11 +122,10 @@ class Verifier:
         by_model = [[None] * len(asked) for _ in texts]  # filled by the calls
         numbers = {str(i): {"type": "boolean"} for i in range(1, len(asked) + 1)}
         schema = {"type": "object", "properties": numbers, "required": list(numbers), "additionalProperties": False}
-        calls = [self.client.submit(verify_messages(task.messages, asked, text), schema=schema,
+        calls = [self.client.submit(verify_messages(task.messages, asked, text), schema=schema, none_if_failed=True,
                                     parse=partial(parse_verdicts, verdicts=verdicts))
                  for text, verdicts in zip(texts, by_model) if asked]
         for call in calls:
-            with suppress(ChatError):  # what did not come stays None
-                call.result()
+            call.result()  # what did not come stays None
         return [[next(answered) if c in asked else next(settled).result() for c in rubric]
                 for settled, answered in zip(by_rule, map(iter, by_model))]
