@@ -53,7 +53,8 @@ def evaluate(config):
             prepare.check_context(config, model_config)
         tasks = choose_tasks(config, tasks, [tokenizer for _, tokenizer in loaded.values()])
         samples = Samples(config, tasks, client)
-        terminal.say(f"{config.output}: {len(tasks)} tasks x {config.samples} samples; judge: {samples.judge}")
+        judge = f"judge: {samples.judge}" if samples.judge else "no rubrics: nothing is scored"
+        terminal.say(f"{config.output}: {len(tasks)} tasks x {config.samples} samples; {judge}")
         vocabularies = [tokenizer.get_vocab() for _, tokenizer in loaded.values()]
         comparable = all(vocabulary == vocabularies[0] for vocabulary in vocabularies)  # token ids mean the same to both
         logps, entropy = {}, {}
@@ -100,7 +101,7 @@ class Samples(JsonLines):
             tasks = [replace(task, rubric=tuple(replace(c, tags=()) for c in task.rubric)) for task in tasks]
         ruled = {rule_from_tags(c.tags) is not None for task in tasks for c in task.rubric}
         deciders = {True: "rules", False: client.model if client else "self"}  # of a criterion with a rule, without one
-        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled) or "nobody"
+        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled)
         self.tasks = {task.id: task for task in tasks}
         super().__init__(self.folder / "samples.jsonl", self.check)
 
@@ -153,6 +154,7 @@ def choose_tasks(config, tasks, tokenizers):
 def evaluate_model(config, side, folder, samples, client, owners):
     """Complete the samples of one side with the model in `folder`, then read those of all `owners` (sides) with it: returns
     ({owner: mean log-probability of each of its responses}, entropy of the model over its own responses)."""
+    terminal.say(f"{side}: {getattr(config, side)}")
     policy, tokenizer = load_policy(folder)
     claim(samples.folder, {f"weights of {getattr(config, side)}": fingerprint(policy)}, "samples.jsonl")
     complete(config, side, samples, policy, tokenizer, client)
@@ -241,7 +243,8 @@ def main(config):
     """Evaluate and print the table. Returns the exit status: 1 where there are rubrics, but nothing was scored."""
     results = evaluate(config)
     measures.print_table(results)
-    print(f"\n{config.output}/: results.json, samples.jsonl, pictures")
+    pictures = sorted(path.name for path in Path(config.output).glob("*.png"))
+    print(f"\n{config.output}/: {', '.join(['results.json', 'samples.jsonl', *pictures])}")
     judged = [model["judges"][results["judges"][0]] for model in results["models"].values()]
     if unknown := sum(found["unknown"] for found in judged):
         terminal.say(f"{unknown} verdicts could not be had and are left out; the same command asks for them again. "

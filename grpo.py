@@ -26,7 +26,7 @@ class Sample:
 
     prompt_ids, old_prompt_ids: what the numerator and the denominator of the ratio condition on; RuscaRL: both the plain
     question. sampled_from, sampled_logp: the prompt that the response was drawn from, and the log-probability that the
-    sampler gave each token, where they are known. `precompute` sets the last three.
+    sampler gave each token, where they are known. `precompute` sets old_logp, ref_logp and importance.
     """
 
     prompt_ids: list

@@ -17,7 +17,7 @@ from functools import cache
 from plumbing.chat import json_object
 from plumbing.rules import rule_from_tags
 
-VERDICT_SCHEMA = {  # without maxLength a small judge rambles until it is cut off, and the verdict never comes
+VERDICT_SCHEMA = {  # without maxLength a small judge explains until it is cut off, before it has given its verdict
     "type": "object",
     "properties": {"explanation": {"type": "string", "maxLength": 500}, "criteria_met": {"type": "boolean"}},
     "required": ["explanation", "criteria_met"],

@@ -155,6 +155,8 @@ def read_responses(paths, known):
     A line is {"task": id, "text": text, ...}, as evaluation.py writes it, or {"prompt_id": id, "responses": [texts]}."""
     found = {identity: {} for identity in known}  # {id: {text: None}}: a set that keeps its order
     for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--responses: no such file: {path}")
         for place, record in read_jsonl(path):
             record = record if isinstance(record, dict) else {}
             key, field = ("task", "text") if "task" in record else ("prompt_id", "responses")

@@ -140,8 +140,8 @@ class VLLMSampler:
                 torch.set_num_threads(threads)
 
     def sync(self, weights):
-        """Take over `weights`, a stream of (name, tensor) under the names of the policy's own parameters; a tied output
-        layer under its own name, too: the engine may keep a second copy of it."""
+        """Take over `weights`, a stream of (name, tensor) with the policy's own names. A tied output layer comes twice, as
+        embedding and as output layer: the engine may keep two copies of it."""
         if self._asleep:
             torch.cuda.empty_cache()  # what the update has freed
             self._llm.wake_up(tags=["weights"])
@@ -161,7 +161,7 @@ class VLLMSampler:
         """Shut the engine down; there can be one at a time in a process. It takes the default process group with it."""
         engine = self._llm.llm_engine
         if unpin := getattr(engine, "_finalizer", None):
-            unpin()  # or a compiled model would keep its weights, which a second engine in the process does not bear
+            unpin()  # or a compiled model would keep its weights, and a second engine in the process would fail
         engine.engine_core.shutdown()
 
     def sample(self, prompts, seeds, params):

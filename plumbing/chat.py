@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import requests
 
 from plumbing.rules import unique_keys
+from plumbing.runs import read_object
 from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
@@ -80,12 +81,7 @@ class Server:
                                  f"${key_variable}")
             if not url.startswith(("http://", "https://")) or not url.partition("://")[2].strip("/"):
                 raise ValueError(f"--{name}-url: {url!r} is not http:// or https:// and a server")
-        try:
-            fields = json.loads(extra or "{}")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--{name}-extra is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"--{name}-extra must be a JSON object")
+        fields = read_object(f"--{name}-extra", (extra or "{}").encode())
         return cls(name, urls.split(","), model, fields, key_variable)
 
     def connect(self, concurrency, **options):

@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from plumbing.chat import Server
 from plumbing.ranks import complain
 from plumbing.runs import saved_config
-from plumbing.terminal import one_line
+from plumbing.terminal import one_line, uncaught
 from scaffold import DECAYS, PATTERNS
 
 
@@ -118,8 +120,8 @@ class Evaluation(Config):
 
     base: str = setting("", "a second model to compare with; novelty is measured against it")
     samples: int = setting(3, "K, responses to each task; the score is the mean of K runs, Best-of-N goes up to K", above=0)
-    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps for evaluation, 0: all tasks "
-                            "(default: what the run MODEL was started with)", least=0)
+    held_out: int = setting(0, "only the tasks that a run with this --held-out keeps for evaluation; 0: all", least=0)
+    max_prompt_tokens: int = setting(2048, "longest question, in tokens", above=0)
     temperature: float = setting(0.7, "sampling temperature; 0 takes the likeliest tokens", least=0)
     judge: str = setting("auto", "who judges; auto: rules, and criteria without a rule --judge-url, else the model itself; "
                          "chat and self are asked about every criterion. Another judge judges the kept responses again",
@@ -128,7 +130,7 @@ class Evaluation(Config):
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
     chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
-    SHARED = ("tasks", "seed", "max_new_tokens", "max_prompt_tokens", "top_p", "top_k", "dtype",
+    SHARED = ("tasks", "seed", "max_new_tokens", "top_p", "top_k", "dtype",
               "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
@@ -163,12 +165,13 @@ class Parser(argparse.ArgumentParser):
 
     def add_flags(self, settings, shared=()):
         """A flag for each field of the dataclass `settings`, or for its own ones and those in `shared`; None: not given."""
+        hidden = getattr(settings, "FROM_RUN", ())  # have no default of their own
         for field in dataclasses.fields(settings):
             if shared and field.name not in (*shared, *settings.__annotations__):
                 continue
             default, paper = field.default, None if shared else PAPER.get(field.name)
             shown = f" [{default}{'' if paper is None else f'; paper {paper}'}]"
-            if default in ("", ()) or (default is False and paper is None):
+            if default in ("", ()) or (default is False and paper is None) or field.name in hidden:
                 shown = ""
             kind = {"type": field.type, "choices": field.metadata["choices"]}
             if field.type is bool:
@@ -181,7 +184,10 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv, ranks=False):
         """{name: value} of the flags that are given. ranks: whether torchrun may start several of this command."""
+        sys.excepthook = partial(uncaught, self.prog)  # the imports that follow take seconds
         found = {name: value for name, value in vars(self.parse_args(argv)).items() if value is not None}
+        if empty := [name for name, value in found.items() if isinstance(value, str) and not value.strip()]:
+            self.error(f"{flag(empty[0])} must not be empty")
         if not ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.error("runs in one process: start it without torchrun")
         return found
@@ -194,8 +200,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse_training(argv=None):
     """(what to do: "train", "plan" or "calibrate", Config) of ruscarl.py's command line."""
-    parser = Parser(prog="ruscarl.py", description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, "
-                     "a 135M model is trained on this machine in minutes; with it, the paper's settings are used.")
+    parser = Parser(prog="ruscarl.py", allow_abbrev=False,
+                    description="RuscaRL: rubric-scaffolded reinforcement learning. Without --model, a 135M model is "
+                    "trained on this machine in minutes; with it, the paper's settings are used.",
+                    epilog="As in the paper, Qwen2.5-7B-Instruct samples with temperature 1.0 and without top-p and top-k, "
+                    "and --midpoint is 0.1 for Qwen3-30B-A3B, 0.15 for Llama-3.1-8B, 0.3 for Llama-3.2-3B.")
     parser.add_flags(Config)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", dest="action", action="store_const", const="plan", default="train",
@@ -215,6 +224,8 @@ def parse_training(argv=None):
             raise ValueError("--judge-calibrate needs --judge-url (or $RUSCARL_JUDGE_URL)")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if action == "train" and config.resume and (Path(config.runs) / config.name / "curves.png").exists():
+        parser.exit(0, f"{config.name} is finished: there is nothing to resume\n")
     return action, config
 
 
@@ -246,18 +257,25 @@ def _resumed(given):
 def _saved(runs, name):
     """`saved_config`. Raises ValueError for a setting in it that no flag could have given."""
     name, saved = saved_config(runs, name)
-    for field in dataclasses.fields(Config):
+    known = dataclasses.fields(Config)
+    for field in known:
         value, choices = saved.get(field.name, field.default), field.metadata["choices"]
         kinds = (int, float) if field.type is float else (field.type,)
         if type(value) not in kinds or (choices and value not in choices):
             raise ValueError(f"config.json of {name}: {field.name}: must be "
                              f"{'one of ' + ', '.join(choices) if choices else field.type.__name__}, got {value!r}")
+    try:
+        check(Config(**{field.name: saved[field.name] for field in known if field.name in saved}))
+    except ValueError as error:
+        raise ValueError(f"config.json of {name}: {error}") from None
     return name, saved
 
 
 def parse_evaluation(argv=None):
     """The Evaluation of evaluation.py's command line."""
-    parser = Parser(prog="evaluation.py", description="Evaluate a model on tasks with rubrics, asked without scaffold.")
+    parser = Parser(prog="evaluation.py", allow_abbrev=False,
+                    description="Evaluate a model on tasks with rubrics, asked without scaffold. Tasks and sampling are by "
+                    "default those of the run MODEL; of smollm2 the laptop's; else the paper's.")
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, run's folder, .gguf file, or smollm2")
     parser.add_flags(Evaluation, Evaluation.SHARED)
     given = parser.given(argv)
@@ -294,7 +312,8 @@ def _evaluated(given):
 
 def parse_refinement(argv=None):
     """The Refinement of refine.py's command line."""
-    parser = Parser(prog="refine.py", description="Write rubrics and refine them by what separates the best responses.")
+    parser = Parser(prog="refine.py", allow_abbrev=False,
+                    description="Write rubrics and refine them by what separates the best responses.")
     parser.add_argument("tasks", metavar="TASKS", help="as ruscarl.py --tasks, but the rubrics may be missing")
     parser.add_flags(Refinement, Refinement.SHARED)
     try:
@@ -331,9 +350,9 @@ def check(config):
     for field in dataclasses.fields(config):
         value, (least, above, most) = getattr(config, field.name), field.metadata["range"]
         if above is not None and not above < value < float("inf"):
-            raise ValueError(f"{flag(field.name)} must be above {above} and finite, got {value}")
+            raise ValueError(f"{flag(field.name)} must be a number above {above}, got {value}")
         if least is not None and not least <= value < float("inf"):
-            raise ValueError(f"{flag(field.name)} must be at least {least} and finite, got {value}")
+            raise ValueError(f"{flag(field.name)} must be a number of at least {least}, got {value}")
         if most is not None and value > most:
             raise ValueError(f"{flag(field.name)} must be at most {most}, got {value}")
     if 0 < config.tis < 1:
@@ -349,9 +368,19 @@ def check(config):
                          f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
-    if not config.model.strip():
-        raise ValueError("--model must not be empty")
+    for name in ("model", "base"):
+        if why := absent(getattr(config, name, "")):
+            raise ValueError(f"{name} {getattr(config, name)}: {why}")
     config.server("judge")
+
+
+def absent(source):
+    """Why a model's `source` is not there, or None: a hub id that looks like neither file nor run is taken for good."""
+    if not source or Path(source).exists():
+        return None
+    if source.endswith(".gguf") or source.startswith(("/", ".", "~")):  # no hub id is written like that
+        return f"no such {'file' if source.endswith('.gguf') else 'folder'}"
+    return "no such run" if any(Path(source).parent.glob("*/tasks.sha256")) else None
 
 
 def cache_dir():

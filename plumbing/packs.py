@@ -30,12 +30,12 @@ class Pack:
 
     ids: torch.Tensor  # [1, tokens] question, then the responses without their last token (it predicts nothing here)
     positions: torch.Tensor  # [1, tokens] restarting after the question for every response
-    rows: torch.Tensor  # [responses, longest] where in `ids` each response's tokens are; 0 after its end, where nobody looks
+    rows: torch.Tensor  # [responses, longest] where in `ids` each response's tokens are; 0 after its end, ignored
     places: torch.Tensor  # [tokens after the question] where in the flattened `rows` each of them is
     logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
     targets: torch.Tensor  # [response tokens] the response tokens themselves
     members: list  # index into the samples, response by response
-    bias: torch.Tensor | None = None  # of the attention on a CPU, the same in every layer, which sets it
+    bias: torch.Tensor | None = None  # of the attention on a CPU; the first layer sets it for all
 
     def to(self, device):
         """A copy on `device`, for another model: without the bias."""

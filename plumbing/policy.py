@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,9 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from plumbing import ranks
-from plumbing.config import cache_dir
+from plumbing.config import absent, cache_dir
 from plumbing.terminal import one_line, say
 
+hub_logging.set_verbosity_error()  # it would report each of its retries
 if not sys.stderr.isatty() or not ranks.leader():
     logging.disable_progress_bar()
 
@@ -85,10 +87,9 @@ def load_config(source):
 def _read(source, kind, **options):
     """What kind.from_pretrained makes of `source`: a folder, a GGUF file or a hub id."""
     path = default_model_folder() if source == DEFAULT_MODEL else Path(source)
-    gguf = path.suffix == ".gguf"
-    if (gguf or str(source).startswith(("/", ".", "~"))) and not path.exists():  # no hub id begins so
-        raise ValueError(f"cannot load model {source}: no such {'file' if gguf else 'folder'}")
-    if gguf:
+    if why := absent(str(source)):
+        raise ValueError(f"cannot load model {source}: {why}")
+    if path.suffix == ".gguf":
         path, options["gguf_file"] = path.parent, path.name
     try:
         return kind.from_pretrained(str(path), **options, trust_remote_code=False)

@@ -69,7 +69,7 @@ def make_judge(client, tasks, tokenizer, sampler, context):
         return Judge()
     if client is not None:
         return Judge(ChatJudge(client))
-    say("warning: the policy judges itself; the paper used Qwen3-32B behind a server (--judge-url)")
+    say("warning: the policy judges itself: its scores may mean nothing (the paper's judge: Qwen3-32B, by --judge-url)")
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
                            for text in ('{"criteria_met":', " true", " false"))
     if true[0] == false[0]:

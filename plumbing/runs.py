@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from plumbing import ranks, terminal
+from plumbing.rules import unique_keys
 
 
 class Stopped(RuntimeError):
@@ -38,17 +39,35 @@ def saved_config(runs, name):
 
 
 def read_object(place, text=None, check=lambda found: None):
-    """The JSON object `text`, or else that in the file `place`, as a dict. Raises ValueError, which names the place, for
-    anything else and for what `check` refuses."""
+    """The JSON object in the bytes `text`, or else in the file `place`, as a dict. Raises ValueError, which names the place,
+    for anything else and for what `check` refuses."""
     try:
-        found = json.loads(place.read_bytes() if text is None else text)
+        found = parse_json(place.read_bytes() if text is None else text)
         if not isinstance(found, dict):
             raise ValueError("must be a JSON object")
         check(found)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        unreadable = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
-        raise ValueError(f"{place}: {'unreadable JSON: ' if unreadable else ''}{error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{place}: {error.args[0]}: missing") from None
     return found
+
+
+def parse_json(content):
+    """What is in `content`, bytes of JSON. Raises ValueError, in one line, for anything else; a key may not stand twice."""
+    try:
+        text = content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text.rstrip()):
+            why = "it ends too early"
+        else:
+            why = f"{error.msg} at {f'line {error.lineno}, ' if error.lineno > 1 else ''}column {error.colno}"
+        raise ValueError(f"unreadable JSON: {why}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"unreadable JSON: {error}") from None
 
 
 def write_whole(path, text):
@@ -85,6 +104,7 @@ class JsonLines:
         return content
 
     def append(self, records):
+        """Add records to the end of the file."""
         self.rows += records
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(as_lines(records))
@@ -138,6 +158,8 @@ class Run:
             raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
         if self.digest.exists() and self.digest.read_text(encoding="utf-8").strip() != tasks_digest:
             raise ValueError(f"cannot resume {self.folder}: the tasks in {config.tasks} have changed")
+        if config.resume and ranks.leader():
+            self.rows()  # a broken metrics.jsonl is told before anything is loaded
         there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise PermissionError(f"cannot write to {there} (--runs)")

@@ -30,8 +30,10 @@ def progress(total, done, unit):
     """Show a progress bar while inside; `phase` says on it what is being done, `advance` moves it."""
     global _bar
     with tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, disable=None if ranks.leader() else True) as _bar:
-        yield
-    _bar = tqdm(disable=True)
+        try:
+            yield
+        finally:
+            _bar = tqdm(disable=True)
 
 
 def phase(text):
@@ -52,7 +54,7 @@ def say(line):
 
 
 def exit_status(command, main):
-    """What main() returns; 2, after one line, where it raises ValueError or OSError; 130 after Ctrl-C.
+    """What main() returns; 2, after one line, where it raises ValueError or OSError.
 
     RUSCARL_TRACEBACK=1 shows where an error came from.
     """
@@ -63,16 +65,22 @@ def exit_status(command, main):
             raise
         ranks.complain(f"{command}: error: {one_line(str(mistake))}")
         return 2
-    except KeyboardInterrupt:
-        ranks.complain(f"{command}: interrupted; the same command starts again, or goes on where it keeps what is done")
-        return 130
+
+
+def uncaught(command, kind, error, trace):
+    """A sys.excepthook under which Ctrl-C ends `command` with one line, during imports as well."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    ranks.complain(f"{command}: interrupted; the same command {'starts again' if command == 'ruscarl.py' else 'goes on'}")
+    sys.stdout.flush()
+    os._exit(130)  # a normal exit would wait for requests that are still under way
 
 
 def run_command(command, main):
     """Leave with the `exit_status` of main()."""
     status = exit_status(command, main)
     sys.stdout.flush()
-    if status > 2:  # interrupted: sys.exit would wait for requests that are still under way
+    if status > 2:  # interrupted
         os._exit(status)
     sys.exit(status)
 
@@ -83,7 +91,8 @@ def step_line(row, rollouts, show_sample):
              "scaffold/ratio": "scaffold {:.2f}", "loss": "loss {:+.4f}", "entropy": "entropy {:.2f}", "kl": "kl {:.4f}",
              "response/length": "length {:.0f}", "time/sample": "sampled {:.0f} s", "time/update": "updated {:.0f} s",
              "eval/score": "held out {:+.3f}", "eval/score_se": "+- {:.3f}"}
-    tqdm.write("  ".join(words.format(row[name]) for name, words in shown.items() if row.get(name) is not None))
+    parts = [words.format(row[name]) for name, words in shown.items() if row.get(name) is not None]
+    tqdm.write("  ".join(parts).replace("  +-", " +-"))
     advance()
     judged = [r for r in rollouts if r.reward is not None]
     if show_sample and judged:
@@ -101,7 +110,8 @@ def summary(run, config):
     table = [("", "before", "after"),
              ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),
-             *((one_line(text)[:40], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
+             ("share of the responses that meet", "", ""),
+             *(("  " + one_line(text)[:38], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
                for text, rate in sorted(before["eval/pass_rate"].items()) if text in after["eval/pass_rate"])]
     for label, *cells in table:
         print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")

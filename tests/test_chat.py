@@ -158,8 +158,8 @@ def test_check_finds_the_model(server):
     ("", "m", "", "--verifier-model needs --verifier-url"), ("", "", "{}", "--verifier-extra needs --verifier-url"),
     ("localhost:8000", "", "", "--verifier-url: 'localhost:8000' is not http"), ("http://a/v1,", "", "", "'' is not http"),
     ("http://me:secret123@a/v1", "", "", r"--verifier-url: .*\$VERIFIER_API_KEY"),
-    ("http://a/v1", "", "{", "--verifier-extra is not JSON"),
-    ("http://a/v1", "", "[]", "--verifier-extra must be a JSON object"),
+    ("http://a/v1", "", "{", "--verifier-extra: unreadable JSON"),
+    ("http://a/v1", "", "[]", "--verifier-extra: must be a JSON object"),
 ])
 def test_flags_of_a_server_that_make_no_sense(urls, model, extra, message):
     with pytest.raises(ValueError, match=message) as error:

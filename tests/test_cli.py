@@ -102,6 +102,9 @@ def test_resume_continues_as_if_never_stopped(tiny, tmp_path):
     assert whole == cut
     weights = [(tmp_path / "runs" / name / "policy" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--resume", "--name", "cut")
+    assert status == 0 and err == "cut is finished: there is nothing to resume\n"
+    (tmp_path / "runs" / "cut" / "curves.png").unlink()  # as if it had been killed just before its end
     status, _, err, _ = command(RUN, *tiny, "--name", "cut", "--resume", "--lr", "0.5")
     assert status == 2 and "lr was 0.001, is 0.5" in err
     write_tasks(tmp_path / "letters.jsonl", RUBRIC[:4])
@@ -154,15 +157,16 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     mistakes = [
         (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"), (["--decay", "sigmod"], "sigmoid"),
         (["--judge-url", "http://127.0.0.1:9/v1"], "no server answers"),
-        (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "cannot load model"),
+        (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "no such folder"),
         (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
         (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"), (["--group-size", "1"], "at least 2"),
         (["--judge-model", "m"], "--judge-model needs"), (["--judge", "self", "--judge-url", "http://h/v1"], "no server"),
         (["--batch-size", "3", "--mini-batch-size", "2"], "multiple"),
         (["--nosuch", "1"], "--nosuch"), (["--judge-url", ","], "http"),
-        (["--model", ""], "--model"), (["--runs", broken], "cannot write"), (["--tracker", "wandb"], "pip install wandb"),
+        (["--model", ""], "--model"), (["--name", ""], "--name must not be empty"), (["--step", "3"], "--step"),
+        (["--runs", broken], "cannot write"), (["--tracker", "wandb"], "pip install wandb"),
         (["--judge", "chat"], "--judge-url"), (["--held-out", "80"], "--held-out"),
-        (["--judge-url", "http://h/v1", "--judge-extra", "{"], "--judge-extra is not JSON"),
+        (["--judge-url", "http://h/v1", "--judge-extra", "{"], "--judge-extra: unreadable JSON"),
         (["--judge-extra", '{"n": 1}'], "--judge-extra needs"), (["--plan", "--judge-calibrate"], "not allowed with"),
         (["--judge-url", "http://"], "--judge-url: 'http://' is not"),
         (["--name", "../x"], "--name"), (["--resume"], "no run to resume"),
@@ -197,9 +201,18 @@ def test_a_tracker_gets_the_same_numbers(tiny, tmp_path):
     assert [step for step, _ in read(sent)] == [row["step"] for row in rows]
     for (_, numbers), row in zip(read(sent), rows):
         assert numbers == {k: v for k, v in row.items() if isinstance(v, int | float)}
+    (tmp_path / "runs" / "tracked" / "curves.png").unlink()
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--name", "tracked", "--resume",
                                 env={"PYTHONPATH": str(tmp_path), "SENT": str(sent)})
     assert status == 0 and read(tmp_path / "sent.jsonl.ids") == [None, "abc"], err
+
+
+@pytest.mark.parametrize("script", ["ruscarl.py", "evaluation.py"])
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path, script):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    flags = ["--name", "x"] if script == "ruscarl.py" else ["smollm2"]
+    status, out, err, _ = command(ROOT / script, *flags, env={"PYTHONPATH": str(tmp_path)}, fresh=True)
+    assert status == 130 and out == "" and len(err.splitlines()) == 1 and err.startswith(f"{script}: interrupted"), err
 
 
 def test_help_is_quick_and_complete():

@@ -342,7 +342,7 @@ def test_questions_without_rubrics_get_responses_that_refine_takes(model_folder,
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     status, text = here(evaluation, model_folder, "--tasks", "questions.jsonl", "--samples", 3, "--sampler", "transformers",
                         "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--output", "out")
-    assert status == 0 and "judge: nobody" in text, text
+    assert status == 0 and "no rubrics: nothing is scored" in text and "best of" not in text, text
     texts = refine.read_responses(["out/samples.jsonl"], ["0", "1"])
     assert {name: len(found) for name, found in texts.items()} == {"0": 3, "1": 3}
 
@@ -449,6 +449,9 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "settings.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "tasks.sha256").write_text("")
     for arguments, message in [
         ([], "MODEL"), ([model_folder, "--samples", 0], "--samples"), ([model_folder, "--chunk", 0], "--chunk"),
         ([model_folder, "--held-out", -1], "--held-out"), ([model_folder, "--top-p", 2], "--top-p"),
@@ -463,8 +466,10 @@ def test_mistakes_are_one_line_and_status_2(model_folder, tmp_path, capsys, monk
         ([model_folder, *good, "--held-out", 12], "--held-out"),
         ([model_folder, *good, "--max-prompt-tokens", 5], "--max-prompt-tokens"),
         ([model_folder, *good, "--max-new-tokens", 5000], "--max-new-tokens"),
-        ([tmp_path / "nosuch", *good], "cannot load model"),
-        ([model_folder, "--base", tmp_path / "nosuch", *good], "cannot load model"),
+        ([tmp_path / "nosuch", *good], "no such folder"),
+        ([model_folder, "--base", tmp_path / "nosuch", *good], "no such folder"),
+        ([model_folder, "--base", "runs/typo", *good], "no such run"),
+        ([model_folder, *good, "--base", ""], "--base must not be empty"),
         ([model_folder, *good, "--output", tmp_path / "file"], "--output"),
         ([model_folder, *good, "--output", tmp_path / "broken"], "settings.json: unreadable JSON"),
     ]:

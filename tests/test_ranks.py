@@ -148,7 +148,7 @@ def test_what_is_one_process_is_not_started_many_times(name, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("mistake, message", [
-    (["--steps", "0"], "--steps must be above 0"), (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
+    (["--steps", "0"], "--steps must be a number above 0"), (["--tasks", "nosuch.jsonl"], "no such task file: nosuch.jsonl"),
 ])
 def test_a_mistake_is_told_once(flags, mistake, message):
     both = Ranks(RUN, *flags, *mistake)

@@ -321,7 +321,7 @@ def test_a_worse_decision_does_not_replace_a_better_one(tmp_path):
 
 def test_what_is_kept_is_checked(tmp_path):
     write_lines(tmp_path / "progress.jsonl", [{"prompt_id": "t", "rubric": [], "begun_with": []}])
-    with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: 'rounds'"):
+    with pytest.raises(ValueError, match=r"progress\.jsonl, line 1: rounds: missing"):
         Decisions(tmp_path)
 
 

@@ -40,7 +40,8 @@ def test_a_row_without_its_step(tmp_path):
     ({"steps": "abc"}, "config.json of damaged: steps: must be int, got 'abc'"), ({"steps": 3.5}, "steps: must be int"),
     ({"decay": "foo"}, "decay: must be one of sigmoid"), ({"sampler": "x"}, "sampler: must be one of auto, vllm"),
     ({"tasks": 7}, "tasks: must be str"), ({"lr": True}, "lr: must be float"), ({"resume": 1}, "resume: must be bool"),
-    ({"nosuch": 1}, "unknown settings: nosuch"), ([], "must be a JSON object"), ({"steps": -1}, "--steps must be above 0"),
+    ({"nosuch": 1}, "unknown settings: nosuch"), ([], "must be a JSON object"),
+    ({"steps": -1}, "config.json of damaged: --steps must be a number above 0"),
 ])
 def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
     (tmp_path / "damaged").mkdir()

@@ -9,6 +9,11 @@ FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "
              "torch.distributed.checkpoint.FileSystemReader"}  # its metadata is a pickle
 
 
+def test_no_placeholder_is_left_in_a_text():
+    texts = [path for kind in ("*.md", "*.py", "*/*.md", "*/*.py", "*/*.ipynb") for path in ROOT.glob(kind)]
+    assert len(texts) > 70 and not [path for path in texts if "@" + "@" in path.read_text(encoding="utf-8")]
+
+
 def dangerous(source):
     """The calls in Python source that could run or unpickle what they are given."""
     tree, found = ast.parse(source), []

@@ -57,7 +57,7 @@ def criterion(**changes):
 @pytest.mark.parametrize(("record", "message"), [
     ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
     (changed(prompt=[]), r"prompt: must be a list of at least one message, got \[\]"),
-    (changed(prompt=None), "at least one message, got None"),
+    (changed(prompt=None), "at least one message, but is missing"),
     ('{"prompt": [', "it ends too early; a record has to be on one"),
     ('{"prompt": x}', "unreadable JSON: Expecting value at column 12"),
     (changed(prompt=[{"role": "assistant", "content": "Hi"}]), "last message is from the assistant"),

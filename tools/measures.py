@@ -190,8 +190,11 @@ def print_table(results):
     models, (judge, *others) = list(results["models"].values()), results["judges"]
     _line("", [model["name"] if len(model["name"]) <= 20 else "..." + model["name"][-17:] for model in models])
     for name in (judge, *others):
-        print(f"judge: {one_line(name)}")
         columns = [model["judges"][name] for model in models]
+        if not columns[0]["verdicts"]:
+            print("no rubrics: nothing is scored")
+            continue
+        print(f"judge: {one_line(name)}")
         _row("  score, clipped (HealthBench)", columns, "score", "score_se")
         _row("  score, not clipped", columns, "mean", "mean_se")
         n = max(len(column["best_of_n"]) for column in columns)
@@ -229,7 +232,7 @@ def _row(label, columns, key, error=""):
 
 
 def draw(results, folder):
-    """best_of_n.png and, where there is a base, novelty.png in `folder`."""
+    """best_of_n.png, where something was scored, and novelty.png, where there is a base, in `folder`."""
     figure = Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     for model in results["models"].values():
@@ -240,7 +243,8 @@ def draw(results, folder):
     axes.set(xlabel="N", ylabel="score of the best of N (not clipped)")
     axes.set_xscale("log", base=2)
     axes.legend()
-    figure.savefig(folder / "best_of_n.png", dpi=150)
+    if any(found["best_of_n"] for model in results["models"].values() for found in model["judges"].values()):
+        figure.savefig(folder / "best_of_n.png", dpi=150)
     if novelty := results["novelty"]:
         figure = Figure((6, 4), layout="constrained")
         axes = figure.subplots()

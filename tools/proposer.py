@@ -94,6 +94,7 @@ class ChatProposer:
         self.client = client
 
     def propose(self, task):
+        """A rubric from the conversation alone."""
         messages = ask("You write rubrics by which answers to a conversation are compared.\n" + HOW_TO_WRITE
                        + "Write 6 to 12 criteria. " + AS_JSON % "", {"Conversation": task.messages})
         return self.client.complete(messages, parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
