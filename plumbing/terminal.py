@@ -106,7 +106,7 @@ def summary(run, config):
     """Before and after: score with its error, pass rates, and the same held-out question answered twice."""
     rows = [row for row in run.rows() if "eval/score" in row]
     before, after = rows[0], rows[-1]
-    print(f"\nheld-out score without scaffold ({config.held_out} tasks, {config.eval_samples} responses each)\n")
+    print(f"\nresponses to held-out questions, without scaffold ({config.held_out} tasks, {config.eval_samples} to each)\n")
     table = [("", "before", "after"),
              ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),

@@ -128,11 +128,20 @@ def test_requests_run_at_the_same_time(served):
         return [sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
                 for name in ("vllm:iteration_tokens_total_count", "vllm:iteration_tokens_total_sum")]
 
-    c, before = client(served, max_tokens=500, extra={"ignore_eos": True}, kind=Rambling), steps()
-    futures = [c.submit([{"role": "user", "content": "Hi"}]) for _ in range(16)]
-    assert all(isinstance(future.result(), str) for future in futures)
-    taken, tokens = (after - then for after, then in zip(steps(), before))
-    assert tokens >= 16 * 500 and tokens / taken > 4 and c.counts["failures"] == 0
+    c = client(served, max_tokens=500, extra={"ignore_eos": True}, kind=Rambling)
+    for _ in range(5):  # a busy machine may serve one request before it reads the next
+        before = steps()
+        served.signal(signal.SIGSTOP)  # until all of them are sent
+        futures = [c.submit([{"role": "user", "content": "Hi"}]) for _ in range(16)]
+        while sum(c._in_flight.values()) < 16:
+            time.sleep(0.1)
+        served.signal(signal.SIGCONT)
+        assert all(isinstance(future.result(), str) for future in futures)
+        taken, tokens = (after - then for after, then in zip(steps(), before))
+        assert tokens >= 16 * 500 and c.counts["failures"] == 0
+        if tokens / taken > 4:
+            return
+    pytest.fail(f"{tokens:.0f} tokens in {taken:.0f} steps of the engine")
 
 
 def test_a_wrong_model_name_and_a_too_long_prompt_are_final(served):
