@@ -111,7 +111,8 @@ def policy_folder(source):
     if not (run / "tasks.sha256").is_file():
         return source
     if not (run / "policy" / "config.json").is_file():
-        raise ValueError(f"{source} has no policy/: the run is not finished (python ruscarl.py --resume --runs {run.parent} --name {run.name})")
+        raise ValueError(f"{source} has no policy/: the run is not finished (python ruscarl.py --resume --runs {run.parent} "
+                         f"--name {run.name})")
     return str(run / "policy")
 
 

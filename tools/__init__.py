@@ -1,1 +1,1 @@
-"""What is used beside a run, not in it: plan, checks, figures of an evaluation, proposer of rubrics. May stay closed, too."""
+"""What is used beside a run, not in it: plan, checks, figures of an evaluation, proposer of rubrics. May stay closed."""
