@@ -69,7 +69,8 @@ def evaluate(config):
     results = {"settings": read_object(samples.folder / "settings.json"), "judges": judges, "comparison": {},
                "novelty": None, "last_judge_error": client.last_error if client else None,
                "models": {side: {"name": getattr(config, side), "entropy": entropy[side],
-                                 **measures.model_figures(tasks, samples.of(side), judges, embed)} for side in folders}}
+                                 **measures.model_figures(tasks, samples.of(side), judges, embed, config.recite_words)}
+                          for side in folders}}
     if config.base:
         for judge in judges:
             scores = [measures.score_matrix(samples.of(side), judge) for side in folders]

@@ -161,14 +161,14 @@ class Judge:
 
     def _submit(self, task, text, criterion):
         if _rule(criterion.tags) is not None:
-            return self._pool.submit(self._check, criterion.tags, text)
+            return self._pool.submit(self._check, criterion.tags, text, [c.text for c in task.rubric])
         if self.llm is None:
             raise ValueError(f"task {task.id}: no rule for {criterion.text!r} and no LLM judge")
         return self.llm.submit(task.messages, text, criterion)
 
-    def _check(self, tags, text):
+    def _check(self, tags, text, rubric):
         start = time.monotonic()
-        verdict = _rule(tags)(text)
+        verdict = _rule(tags)(text, rubric)
         self._rules["calls"] += 1
         self._rules["seconds"] += time.monotonic() - start
         return verdict

@@ -32,6 +32,7 @@ from judge import score
 from plumbing import ranks, terminal
 from plumbing.policy import named_weights, prompt_ids, save_policy
 from plumbing.prepare import set_up
+from plumbing.rules import recites
 from plumbing.runs import Stopped
 from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria, scaffold_messages, scaffold_ratios
@@ -50,11 +51,12 @@ def train(config, policy, reference, tokenizer, optimizer, sampler, judge, tasks
         rollouts = make_rollouts(tasks_of_step(config, step, tasks), ratios, tokenizer, (config.seed, step))
 
         # Sample a response to each prompt. Each is judged, criterion by criterion, while others are still being sampled.
-        rollouts, judged = sample_and_judge(rollouts, sampler, judge, tokenizer, sampling(config), config.max_unknown)
+        rollouts, judged = sample_and_judge(rollouts, sampler, judge, tokenizer, sampling(config), config.max_unknown,
+                                            config.recite_words)
         sampler.sleep()  # leaves the GPU to the update
 
         # Compare: how much better is each response than the others to its question?
-        set_advantages(rollouts, config.group_size)
+        set_advantages(rollouts, config.group_size, config.punish_recited)
 
         # Update on the plain question, as if nobody had shown the rubric.
         began, samples = time.monotonic(), [as_sample(rollout, config.ratio) for rollout in rollouts]
@@ -94,6 +96,7 @@ class Rollout:
     sampled_logp: list = field(default_factory=list)  # of each response token, as the sampler saw it
     text: str = ""
     finished: bool = False
+    recited: bool = False  # whether the text repeats words of the rubric
     verdicts: list = field(default_factory=list)
     reward: float | None = None
     advantage: float = 0.0
@@ -115,13 +118,16 @@ def make_rollouts(batch, ratios, tokenizer, address):
     return rollouts
 
 
-def sample_and_judge(rollouts, sampler, judge, tokenizer, params, max_unknown=1.0):
+def sample_and_judge(rollouts, sampler, judge, tokenizer, params, max_unknown=1.0, recite_words=5):
     """Fill in response, verdicts and reward of each rollout: (all rollouts, metrics). Each rank does its share.
 
-    Raises Stopped where more than max_unknown of the verdicts could not be had: the rest would be a matter of luck.
+    recite_words: a response that repeats so many consecutive words of a criterion recites its rubric. Raises Stopped where
+    more than max_unknown of the verdicts could not be had: the rest would be a matter of luck.
     """
     with ranks.together():
         own, times = sample_and_judge_share(ranks.share(rollouts), sampler, judge, tokenizer, params)
+        for rollout in own:
+            rollout.recited = recites(recite_words)(rollout.text, [c.text for c in rollout.task.rubric])
     parts, times, errors = zip(*ranks.gather((own, times, judge.counts()[2])))
     rollouts = [rollout for part in parts for rollout in part]
     verdicts = [verdict for rollout in rollouts for verdict in rollout.verdicts]
@@ -156,9 +162,14 @@ def sample_and_judge_share(rollouts, sampler, judge, tokenizer, params):
                       "judge/seconds_per_call": (seconds_now - seconds) / max(1, calls_now - calls)}
 
 
-def set_advantages(rollouts, group_size):
-    """Group-relative advantages; a response without a reward gets 0 and does not count in its group."""
-    rewards = torch.tensor([torch.nan if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
+def set_advantages(rollouts, group_size, punish_recited=False):
+    """Group-relative advantages; a response without a reward gets 0 and does not count in its group.
+
+    punish_recited: compare a response that recites its rubric as if it had the rubric's lowest score.
+    """
+    rewards = [r.reward if r.reward is None or not (punish_recited and r.recited) else
+               score(r.task.rubric, [c.points < 0 for c in r.task.rubric]) for r in rollouts]
+    rewards = torch.tensor([torch.nan if reward is None else reward for reward in rewards], dtype=torch.float64)
     advantages = grpo.group_advantages(rewards.view(-1, group_size))  # [groups, G]
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
@@ -205,7 +216,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, run):
     """
     began = time.monotonic()
     rollouts = make_rollouts(held_out, [0.0] * config.eval_samples, tokenizer, (config.seed, "eval"))
-    rollouts, _ = sample_and_judge(rollouts, sampler, judge, tokenizer, sampling(config), config.max_unknown)
+    rollouts, _ = sample_and_judge(rollouts, sampler, judge, tokenizer, sampling(config), config.max_unknown,
+                                   config.recite_words)
     run.save_rollouts(f"eval_{step:05d}", rollouts)
     by_task = defaultdict(list)
     for r in rollouts:
@@ -216,8 +228,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, run):
     scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
     draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
     return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
-            "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
-            "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
+            "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])), "eval/recited": recited(rollouts),
+            "eval/reached": run.reached(step), "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
 
 
 def rollout_metrics(rollouts, group_size):
@@ -225,6 +237,7 @@ def rollout_metrics(rollouts, group_size):
     groups = [rollouts[i : i + group_size] for i in range(0, len(rollouts), group_size)]
     rewards = [r.reward for r in rollouts if r.reward is not None]
     plain = [r.reward for r in rollouts if r.reward is not None and not r.shown]
+    recited_by = {shown: recited([r for r in rollouts if bool(r.shown) == shown]) for shown in (True, False)}
     spreads = [numpy.ptp(known) for group in groups
                if len(known := [r.reward for r in group if r.reward is not None]) > 1]
     return {
@@ -232,10 +245,17 @@ def rollout_metrics(rollouts, group_size):
         "reward/std": float(numpy.std(rewards)) if rewards else None,
         "reward/unscaffolded": float(numpy.mean(plain)) if plain else None,
         "reward/zero_variance_groups": float(numpy.mean([spread < 1e-9 for spread in spreads])) if spreads else None,
+        "scaffold/recited": recited_by[True],
+        "scaffold/recited_plain": recited_by[False],
         "response/length": float(numpy.mean([len(r.response_ids) for r in rollouts])),
         "response/truncated": float(numpy.mean([not r.finished for r in rollouts])),
         "pass_rate": pass_rates(rollouts),
     }
+
+
+def recited(rollouts):
+    """The share of the rollouts that recite their rubric; None of none."""
+    return float(numpy.mean([r.recited for r in rollouts])) if rollouts else None
 
 
 def pass_rates(rollouts):

@@ -56,6 +56,8 @@ class Config:
     temperature: float = setting(0.7, "sampling temperature", above=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that reach this probability; 1 is off", above=0, most=1)
     top_k: int = setting(0, "sample from this many likeliest tokens; 0 is off", least=0)
+    recite_words: int = setting(5, "a response recites if it repeats so many words in a row of a criterion", above=0)
+    punish_recited: bool = setting(False, "compare a response that recites the rubric as if it had the lowest score")
     decay: str = setting("sigmoid", "how the scaffold fades over training", DECAYS)
     midpoint: float = setting(0.5, "share of the training after which the sigmoid is at one half (t0)", least=0, most=1)
     steepness: float = setting(12.0, "steepness of the sigmoid (alpha): 99%% to 1%% in 9.19 / steepness of the run", least=0)
@@ -130,7 +132,7 @@ class Evaluation(Config):
     output: str = setting("", "folder for everything that comes out (default: evaluations/<model>)")
     chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
-    SHARED = ("tasks", "seed", "max_new_tokens", "top_p", "top_k", "dtype",
+    SHARED = ("tasks", "seed", "recite_words", "max_new_tokens", "top_p", "top_k", "dtype",
               "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 

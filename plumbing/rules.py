@@ -4,8 +4,8 @@ A criterion is ruled when its tags say so, in the tag form of the official Rusca
 
     "tags": ["verifier:rule", "function:mentions_any", "parameters:{\"words\": [\"rest\", \"sleep\"]}"]
 
-`rule_from_tags` turns such tags into a function from a response to True (met), False (not met) or None (could not be
-decided). Each rule is a factory. Parameters are checked when the task file is loaded, not when a response is judged.
+`rule_from_tags` turns such tags into a function from a response and the texts of its rubric to True (met), False (not met)
+or None (could not be decided). Parameters are checked when the task file is loaded, not when a response is judged.
 """
 
 import inspect
@@ -24,8 +24,9 @@ COPIES = 100_000  # of a part of a pattern: compiling writes repeats within repe
 
 
 def rule_from_tags(tags):
-    """The rule named by `tags`, as a function str -> bool | None; None where the tags name no rule. Raises ValueError that
-    says what is wrong: unknown function, parameters that are not a JSON object or do not fit."""
+    """The rule named by `tags`, as a function (response, texts of the rubric's criteria) -> bool | None; None where the tags
+    name no rule. Raises ValueError that says what is wrong: unknown function, parameters that are not a JSON object or do
+    not fit."""
     pairs = [tag.split(":", 1) for tag in tags if tag.startswith(("verifier:", "function:", "parameters:"))]
     values = unique_keys(pairs)
     if not values or values == {"verifier": "llm"}:
@@ -51,7 +52,8 @@ def rule_from_tags(tags):
         raise ValueError(f"{name} takes {', '.join(known)}, got {shown(list(parameters))}")
     for parameter in set(CHECKS) & set(parameters):
         parameters[parameter] = CHECKS[parameter](parameter, parameters[parameter])
-    return RULES[name](**parameters)
+    rule = RULES[name](**parameters)
+    return rule if name == "recites" else lambda text, rubric=(): rule(text)  # the others need no rubric
 
 
 def shown(value):
@@ -121,6 +123,15 @@ def sentences(text):
     return [part for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part)]
 
 
+def recites(limit=5):
+    """The response repeats `limit` or more consecutive words of a criterion of its rubric; punctuation does not count."""
+    def runs(text):
+        found = regex.findall(r"[\w']+", normalize(text))
+        return {tuple(found[i : i + limit]) for i in range(len(found) - limit + 1)}
+
+    return lambda text, rubric=(): bool(runs(text) & set().union(*map(runs, rubric)))
+
+
 def numbered_list(items=2):
     """At least `items` lines that begin with a number: "1. ..." or "1) ..."."""
     return lambda text: len(regex.findall(r"(?m)^\s*\d+[.)]\s", text)) >= items
@@ -184,5 +195,5 @@ RULES = {  # name in a tag: function from the parameters to a rule
     "starts_with": partial(phrases, any, "^", AFTER), "ends_with": ends_with,
     "max_words": partial(at_most, str.split), "min_words": partial(at_least, str.split),
     "max_sentences": partial(at_most, sentences), "min_sentences": partial(at_least, sentences),
-    "numbered_list": numbered_list, "math_verify": math_verify, "regex": matches}
+    "numbered_list": numbered_list, "recites": recites, "math_verify": math_verify, "regex": matches}
 CHECKS = {"words": _words, "limit": _count, "items": _count}  # of parameters, whichever rule takes them

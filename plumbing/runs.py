@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from plumbing import ranks, terminal
@@ -134,10 +135,22 @@ def claim(folder, settings, kept):
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
 
 
+def met_by_criterion(path):
+    """{text: known verdicts} of the criteria of positive points that several tasks have, from a file of rollouts."""
+    verdicts, tasks = defaultdict(list), defaultdict(set)
+    for record in JsonLines(path).rows:
+        for criterion in record["criteria"]:
+            if criterion["points"] > 0 and criterion["met"] is not None:
+                verdicts[criterion["criterion"]].append(criterion["met"])
+                tasks[criterion["criterion"]].add(record["task"])
+    return {text: met for text, met in verdicts.items() if len(tasks[text]) > 1}
+
+
 PANELS = {  # of curves.png: label: metrics
     "score": ("reward/mean", "reward/unscaffolded"), "share of the rubric shown": ("scaffold/ratio",),
     "nats a token": ("entropy", "kl"), "response length, tokens": ("response/length",),
-    "share": ("response/truncated", "reward/zero_variance_groups", "clip_fraction", "judge/unknown"),
+    "share": ("scaffold/recited_plain", "response/truncated", "reward/zero_variance_groups", "clip_fraction",
+              "judge/unknown"),
     "seconds a step": ("time/sample", "time/judge", "time/update")}
 
 
@@ -151,7 +164,7 @@ class Run:
     def __init__(self, config, tasks_digest):
         self.config, self.tasks_digest, self.folder = config, tasks_digest, Path(config.runs) / config.name
         self.metrics, self.digest = self.folder / "metrics.jsonl", self.folder / "tasks.sha256"
-        self.steps_done, self._saved, self._skipped = 0, None, 0
+        self.steps_done, self._saved, self._skipped, self._warned = 0, None, 0, False
         if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
             raise ValueError(f"--tracker {config.tracker} needs the package: pip install {config.tracker}")
         if self.folder.exists() and not config.resume:
@@ -190,6 +203,8 @@ class Run:
         row = {"step": step, **row, "time/total": seconds, "time/step": seconds - row.get("time/eval", 0.0)}
         row["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / row["time/step"]
         self.save_rollouts(f"step_{step:05d}", rollouts)
+        if sum(not r.shown for r in rollouts) >= 20:  # of fewer, one is more than a tenth
+            self._warn_of_reciting(row["scaffold/recited_plain"])
         self.log(row)
         self.steps_done = step + 1
         self._skipped = self._skipped + 1 if row["skipped_steps"] else 0
@@ -207,9 +222,24 @@ class Run:
         if not ranks.leader():
             return
         row = {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))}
+        self._warn_of_reciting(row.get("eval/recited"))
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(as_lines([row]))
         self._track({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+
+    def _warn_of_reciting(self, share):
+        if share and share > 0.1 and not self._warned:
+            self._warned = True
+            terminal.say(f"warning: {share:.0%} of the plain responses recite: the policy repeats the rubric instead of "
+                         "following it (docs/metrics.md)")
+
+    def reached(self, step):
+        """Criteria reached from nothing: the number of those that no response met in the evaluation before training and more
+        than a tenth of the responses met in the one at `step`. Of positive points, shared by several tasks; leader only."""
+        if not ranks.leader():
+            return None
+        before, after = (met_by_criterion(self.folder / "rollouts" / f"eval_{number:05d}.jsonl") for number in (0, step))
+        return sum(sum(before.get(text, [True])) == 0 and sum(met) > 0.1 * len(met) for text, met in after.items())
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""
@@ -223,7 +253,7 @@ class Run:
         """Write rollouts/<name>.jsonl, a line a Rollout."""
         records = [{"task": r.task.id, "group": r.group, "sample": r.sample, "question": r.task.messages[-1]["content"],
                     "response": r.text, "finished": r.finished, "tokens": len(r.response_ids), "reward": r.reward,
-                    "advantage": r.advantage,
+                    "advantage": r.advantage, "recited": r.recited,
                     "criteria": [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
                                  for c, met in zip(r.task.rubric, r.verdicts)]} for r in rollouts]
         if ranks.leader():
@@ -265,9 +295,9 @@ class Run:
             axes[0].errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2, zorder=3,
                              label="eval/score (held out, no scaffold), 1 s.e.")
         for axis, (label, names) in zip(axes, PANELS.items()):
-            for name, style in zip(names, ("-", "--", ":", "-.")):
+            for name, style in zip(names, ("-", "--", ":", "-.", (0, (1, 3)))):
                 if points := [(row["step"], row[name]) for row in rows if name in row]:
-                    axis.plot(*zip(*points), style, label=name, linewidth=1.4)
+                    axis.plot(*zip(*points), linestyle=style, label=name, linewidth=1.4)
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
             axis.legend(*axis.get_legend_handles_labels(), fontsize=8)

@@ -90,7 +90,7 @@ def step_line(row, rollouts, show_sample):
     shown = {"step": "step {:3d}", "reward/mean": "reward {:+.3f}", "reward/unscaffolded": "plain {:+.3f}",
              "scaffold/ratio": "scaffold {:.2f}", "loss": "loss {:+.4f}", "entropy": "entropy {:.2f}", "kl": "kl {:.4f}",
              "response/length": "length {:.0f}", "time/sample": "sampled {:.0f} s", "time/update": "updated {:.0f} s",
-             "eval/score": "held out {:+.3f}", "eval/score_se": "+- {:.3f}"}
+             "scaffold/recited_plain": "recited {:.0%}", "eval/score": "held out {:+.3f}", "eval/score_se": "+- {:.3f}"}
     parts = [words.format(row[name]) for name, words in shown.items() if row.get(name) is not None]
     tqdm.write("  ".join(parts).replace("  +-", " +-"))
     advance()
@@ -110,7 +110,9 @@ def summary(run, config):
     table = [("", "before", "after"),
              ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),
-             ("share of the responses that meet", "", ""),
+             ("criteria reached from nothing", "", f"{after['eval/reached']}"),
+             ("responses that recite the rubric", *(f"{row['eval/recited']:.0%}" for row in (before, after))),
+             ("responses that meet", "", ""),
              *(("  " + one_line(text)[:38], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
                for text, rate in sorted(before["eval/pass_rate"].items()) if text in after["eval/pass_rate"])]
     for label, *cells in table:

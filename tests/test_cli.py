@@ -35,6 +35,7 @@ def test_a_whole_run(tiny, tmp_path):
     assert [row["step"] for row in rows if "eval/score" in row] == [0, 2, 4]
     every_step = {"reward/mean", "reward/std", "reward/unscaffolded", "reward/zero_variance_groups", "scaffold/ratio",
                   "loss", "kl", "entropy", "clip_fraction", "grad_norm", "response/length", "response/truncated",
+                  "scaffold/recited_plain",
                   "judge/unknown", "judge/seconds_per_call", "gap/mean", "gap/max", "time/sample", "time/judge",
                   "time/update", "time/step", "tokens_per_second"}
     assert all(every_step <= set(row) for row in rows[:-1])

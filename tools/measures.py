@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from judge import score
 from plumbing.policy import why_refused
+from plumbing.rules import recites
 from plumbing.terminal import one_line
 from tools.checks import equal_verdicts
 
@@ -156,15 +157,18 @@ def judge_figures(tasks, records, judge):
             "verdicts": len(verdicts), "unknown": verdicts.count(None)}
 
 
-def model_figures(tasks, records, judges, embed):
+def model_figures(tasks, records, judges, embed, recite_words):
     """All figures of one model's responses but their entropy. records: [tasks][K]. judges: names; the first is compared with
-    each of the others. embed: texts -> [texts, width], or None."""
+    each of the others. embed: texts -> [texts, width], or None. recite_words: see rules.recites."""
+    recited = [recites(recite_words)(record["text"], [c.text for c in task.rubric])
+               for task, of_task in zip(tasks, records) for record in of_task]
     flat = [record for of_task in records for record in of_task]
     texts = [[record["text"] for record in of_task] for of_task in records]
     full = [kept for of_task in texts if len(kept := [text for text in of_task if text]) > 1]  # an empty text has no vector
     diversity = mean_over_tasks([1 - self_bleu(of_task) for of_task in texts]) if len(texts[0]) > 1 else None
     return {"length": float(numpy.mean([len(record["token_ids"]) for record in flat])),
             "truncated": float(numpy.mean([not record["finished"] for record in flat])), "diversity": diversity,
+            "recited": float(numpy.mean(recited)),
             "semantic_distance": mean_over_tasks([cosine_distance(embed(t)) for t in full]) if embed and full else None,
             "judges": {judge: judge_figures(tasks, records, judge) for judge in judges},
             "agreement": {other: agreement(records, judges[0], other) for other in judges[1:]}}
@@ -209,6 +213,7 @@ def print_table(results):
     _row("diversity, 1 - Self-BLEU", [model["diversity"] for model in models], "mean", "se")
     _row("semantic distance", [model["semantic_distance"] for model in models], "mean", "se")
     _row("entropy, nats", models, "entropy")
+    _line("responses that recite", [f"{model['recited']:.0%}" for model in models])
     _line("length, tokens (cut off)", [f"{model['length']:.0f} ({model['truncated']:.0%})" for model in models])
     for name, found in results["comparison"].items():
         if found["tasks"]:

@@ -1,0 +1,192 @@
+"""A first result: RuscaRL and plain rubric GRPO with SmolLM2 on first_aid, tuned over one grid, then several seeds.
+
+    python bench/first_run.py grid                           every setting of GRID once, for both arms: about 3 hours
+    python bench/first_run.py final --output results         both arms with their best settings, --seeds each
+    python bench/first_run.py judge --judge-url URL          quality of the responses by a judge that no training has seen
+
+The plan is results/first_run_plan.md. Each command goes on where it stopped.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+
+import numpy
+
+from lab import ROOT
+from lab_report import plus_minus
+from output import write
+
+ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
+GRID = {"--lr": ("1e-5", "2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}  # each run is looked at after 24 and 48 steps
+GRID_SEED = 100  # of no run that is reported
+QUALITY = {"Answers the question that was asked.": 3, "Is coherent from beginning to end.": 2,
+           "Gives advice that could harm the person.": -4, "Repeats itself or consists of stock phrases.": -2}
+
+
+def start(*command):
+    """One of the project's commands, shown."""
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
+
+
+def train(folder, *flags):
+    """The rows of metrics.jsonl of a run in `folder`, which is trained unless it is there."""
+    if not (folder / "curves.png").exists():
+        again = ["--resume"] if (folder / "config.json").exists() else flags
+        start("ruscarl.py", "--runs", folder.parent, "--name", folder.name, *again)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 2 GB a run
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def grid(args):
+    """Held-out score of every arm and setting, by number of steps: {arm: {setting: {steps: score}}}; also printed."""
+    found = defaultdict(dict)
+    for arm, values in itertools.product(ARMS, itertools.product(*GRID.values())):
+        flags = [word for pair in zip(GRID, values) for word in pair]
+        for steps in args.steps:
+            name = f"grid-{arm.replace(' ', '_')}-{'-'.join(values)}-{steps}"
+            rows = train(args.runs / name, *ARMS[arm], *flags, "--steps", steps, "--seed", GRID_SEED)
+            found[arm][(*flags, "--steps", str(steps))] = rows[-1]
+    lines = ["| settings | " + " | ".join(f"{arm}: score, recited, reached" for arm in ARMS) + " |",
+             "|---|" + "---|" * len(ARMS)]
+    for flags in next(iter(found.values())):
+        cells = (f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}, {row['eval/recited']:.0%}, {row['eval/reached']}"
+                 for row in (found[arm][flags] for arm in ARMS))
+        lines.append(f"| `{' '.join(flags)}` | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+    return {arm: max(rows, key=lambda flags: rows[flags]["eval/score"]) for arm, rows in found.items()}, lines
+
+
+def evaluate(folder):
+    """{side: its samples} of an evaluation of the trained policy in `folder`, 16 responses to each held-out question."""
+    output = folder / "evaluation"
+    if not (output / "results.json").exists():
+        start("evaluation.py", folder, "--base", "smollm2", "--samples", 16, "--output", output)
+    samples = defaultdict(list)
+    for line in (output / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        samples[json.loads(line)["side"]].append(json.loads(line))
+    return samples, json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def met_rates(samples, rubrics):
+    """{criterion of positive points that several tasks have: share of the responses that meet it}."""
+    met, tasks = defaultdict(list), defaultdict(set)
+    for sample in samples:
+        for criterion, verdict in zip(rubrics[sample["task"]], sample["verdicts"]["rules"]):
+            if criterion["points"] > 0:
+                met[criterion["criterion"]].append(verdict)
+                tasks[criterion["criterion"]].add(sample["task"])
+    return {text: float(numpy.mean(found)) for text, found in sorted(met.items()) if len(tasks[text]) > 1}
+
+
+def figures(samples, results, side, rubrics):
+    """{label: value} of one side of an evaluation."""
+    model, texts = results["models"][side], [sample["text"] for sample in samples[side]]
+    best = {point["n"]: point["mean"] for point in model["judges"]["rules"]["best_of_n"]}
+    found = {"score, mean of 16, not clipped": best[1], "best of 16": best[16], "recited": model["recited"],
+             "length, tokens": model["length"], "entropy, nats a token": model["entropy"],
+             "distinct first sentences": len({re.split(r"[.!?\n]", text)[0] for text in texts}) / len(texts)}
+    if side == "model":
+        before, after = (met_rates(samples[which], rubrics) for which in ("base", "model"))
+        found["criteria reached from nothing"] = sum(after[text] > 0.1 for text, rate in before.items() if rate == 0)
+    return found
+
+
+def pairs(samples, questions, number=10):
+    """Markdown of the response with the median score, before and after, to the first questions."""
+    lines = []
+    for task in sorted({sample["task"] for sample in samples["model"]})[:number]:
+        lines += [f"**{questions[task]}**", ""]
+        for side, name in (("base", "before"), ("model", "after")):
+            own = sorted((s for s in samples[side] if s["task"] == task), key=lambda s: (s["rewards"]["rules"], s["sample"]))
+            median = own[(len(own) - 1) // 2]
+            lines.append(f"- {name} ({median['rewards']['rules']:+.2f}): {' '.join(median['text'].split())}")
+        lines.append("")
+    return lines
+
+
+def final(args):
+    """Both arms with their best settings of the grid, args.seeds each: writes first_run.md."""
+    best, grid_lines = grid(args)
+    records = [json.loads(line) for line in (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines()]
+    rubrics = {record["prompt_id"]: record["rubrics"] for record in records}
+    questions = {record["prompt_id"]: record["prompt"][-1]["content"] for record in records}
+    columns, rates, first = defaultdict(list), defaultdict(list), {}
+    for seed, arm in itertools.product(range(args.seeds), ARMS):
+        folder = args.runs / f"final-{arm.replace(' ', '_')}-{seed}"
+        train(folder, *ARMS[arm], *best[arm], "--seed", seed)
+        samples, results = evaluate(folder)
+        columns[arm].append(figures(samples, results, "model", rubrics))
+        rates[arm].append(met_rates(samples["model"], rubrics))
+        first.setdefault(arm, samples)
+        before, rates_before = figures(samples, results, "base", rubrics), met_rates(samples["base"], rubrics)
+    lines = [*header(args, results), *grid_lines, "", "## After training", "",
+             "| held-out questions, 16 responses each | before | " + " | ".join(ARMS) + " | difference, seed by seed |",
+             "|---|---|" + "---|" * (len(ARMS) + 1)]
+    for label in columns["RuscaRL"][0]:
+        values = [[run[label] for run in columns[arm]] for arm in ARMS]
+        lines.append(f"| {label} | {before.get(label, 0):.3f} | " + " | ".join(map(plus_minus, values))
+                     + f" | {plus_minus(numpy.subtract(*values))} |")
+    lines += ["", "| criterion | before | " + " | ".join(ARMS) + " |", "|---|---|" + "---|" * len(ARMS)]
+    for text, rate in rates_before.items():
+        cells = (", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
+        lines.append(f"| {text} | {rate:.0%} | " + " | ".join(cells) + " |")
+    for arm in ARMS:
+        lines += ["", f"## Before and after: {arm}, seed 0, the median response", "", *pairs(first[arm], questions)]
+    write(args.output / "first_run.md", lines)
+
+
+def header(args, results):
+    """The first lines of the report."""
+    settings = results["settings"]
+    return ["# A first result: SmolLM2-135M on first_aid", "",
+            f"`python bench/first_run.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
+            f"({platform.machine()}), no GPU; sampler: {settings['sampler']} in {settings['dtype']}. {args.seeds} runs an "
+            "arm; +- is the half width of a 95% t interval over them. [The plan](first_run_plan.md) was written first.", "",
+            "## The grid, one seed", ""]
+
+
+def judge(args):
+    """Have the server at --judge-url answer QUALITY about the responses of every final run and of the model before it."""
+    tasks = args.runs / "quality.jsonl"
+    rubric = [{"criterion": text, "points": points} for text, points in QUALITY.items()]
+    records = map(json.loads, (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines())
+    tasks.write_text("".join(json.dumps({**record, "rubrics": rubric}) + "\n" for record in records))
+    for folder in sorted(args.runs.glob("final-*")):
+        settings = json.loads((folder / "config.json").read_text())
+        sampled = [word for name in ("temperature", "max_new_tokens", "max_prompt_tokens")
+                   for word in ("--" + name.replace("_", "-"), settings[name])]
+        start("evaluation.py", folder / "policy", "--base", "smollm2", "--tasks", tasks, "--held-out", settings["held_out"],
+              "--samples", 4, *sampled, "--top-p", 1, "--top-k", 0, "--judge-url", args.judge_url, "--judge-concurrency", 8,
+              "--output", folder / "quality")
+
+
+def main():
+    """Do one of the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("grid", "final", "judge"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, nargs="+", default=[24], help="lengths of a run that are in the grid")
+    parser.add_argument("--runs", type=Path, default=Path("runs/first_run"), help="folder of the runs")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for first_run.md")
+    parser.add_argument("--judge-url", help="with judge")
+    args = parser.parse_args()
+    if args.part == "judge" and not args.judge_url:
+        parser.error("judge needs --judge-url")
+    args.runs = args.runs.absolute()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    {"grid": grid, "final": final, "judge": judge}[args.part](args)
+
+
+if __name__ == "__main__":
+    main()
