@@ -110,12 +110,14 @@ def advises(words):
     parts = [[part.strip() for part in word.split("*")] for word in words]
     if not all(all(phrase) for phrase in parts):
         raise ValueError(f"in words of advises, * must stand between words, got {shown(words)}")
-    patterns = [BEFORE + r"(?: \S+){,3} ".join(map(regex.escape, phrase)) + AFTER for phrase in parts]
+    gap = r"(?: \S+){,3} "
+    pattern = BEFORE + "(?:" + "|".join(gap.join(map(regex.escape, phrase)) for phrase in parts) + ")" + AFTER
 
     def check(text):
+        compiled = regex.compile(pattern)
         clauses = map(normalize, regex.split(CLAUSE_ENDS, regex.sub(QUOTED, "", text)))
-        return any(not regex.search(NEGATION, clause[:found.start()]) for clause in clauses
-                   for pattern in patterns for found in regex.finditer(pattern, clause))
+        return any(not regex.search(NEGATION, clause[:found.start()])
+                   for clause in clauses for found in compiled.finditer(clause))
 
     return check
 
