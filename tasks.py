@@ -2,7 +2,7 @@
 
 A rubric is a checklist: criteria with points, negative points for what a response should not do. Sources:
 
-    first_aid             bundled, 80 everyday health questions whose criteria code can check
+    first_aid             bundled, 80 everyday health questions; code finds the advice that is wanted
     healthbench           OpenAI's HealthBench, downloaded once and kept in the cache
     some/file.jsonl       HealthBench's record format: prompt, prompt_id, rubrics [{criterion, points, tags}], example_tags
     some/file.parquet     the official RuscaRL (verl) format: prompt, reward_model.rubrics

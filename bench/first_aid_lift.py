@@ -6,7 +6,9 @@ A criterion whose rate does not move when it is shown teaches nothing that a sca
 """
 
 import argparse
+import os
 import random
+import shlex
 import sys
 from collections import defaultdict
 from datetime import date
@@ -16,9 +18,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import Judge, score
-from plumbing.policy import cpu_dtype, load_policy, prompt_ids, stop_ids
+from plumbing.policy import cpu_dtype, load_policy, multiply_with_onednn, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler
-from sampler import SamplingParams, address_seed
+from sampler import SamplingParams, VLLMSampler, address_seed, vllm_obstacle
 from scaffold import choose_criteria, scaffold_messages
 from tasks import load_tasks
 
@@ -31,11 +33,12 @@ def main():
     parser.add_argument("--samples", type=int, default=4, help="responses per task and share shown")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--machine", default=f"{os.cpu_count()} cores", help="what it runs on, for the head of the table")
     parser.add_argument("--output", help="also write the table to this file")
     args = parser.parse_args()
     model, tokenizer = load_policy(args.model)
     tasks = load_tasks(args.tasks)
-    sampler = TransformersSampler(model, stop_ids(model, tokenizer), cpu_dtype())
+    sampler = fastest_sampler(model, tokenizer)
     judge = Judge()
     jobs = []  # (share, task, shown criteria, prompt ids)
     for share in (0.0, 0.5, 1.0):
@@ -48,8 +51,8 @@ def main():
     scores = defaultdict(list)
     params = SamplingParams(args.max_new_tokens, args.temperature)
     with tqdm(total=len(jobs), unit="response") as bar:
-        for start in range(0, len(jobs), 64):
-            part = jobs[start : start + 64]
+        for start in range(0, len(jobs), 128):
+            part = jobs[start : start + 128]
             seeds = [address_seed("lift", start + i) for i in range(len(part))]
             for response in sampler.sample([job[3] for job in part], seeds, params):
                 share, task, shown, _ = part[response.index]
@@ -63,15 +66,26 @@ def main():
     write_table(rates, scores, args)
 
 
+def fastest_sampler(model, tokenizer):
+    """vLLM where it runs on this CPU, else transformers, with the weights of `model`."""
+    multiply_with_onednn()
+    if vllm_obstacle("cpu"):
+        return TransformersSampler(model, stop_ids(model, tokenizer), cpu_dtype())
+    sampler = VLLMSampler(model.config, stop_ids(model, tokenizer), cpu_dtype(), max_model_len=1024)
+    sampler.sync(named_weights(model))
+    return sampler
+
+
 def write_table(rates, scores, args):
     """Markdown: a row a criterion, most frequent first."""
-    columns = ["0%", "50%", "50% shown", "100% shown"]
+    columns = ["0%", "50%", "50% shown", "100% shown"]  # "50%": while half is shown, but not this criterion
     criteria = defaultdict(int)
     for (text, good, _), verdicts in rates.items():
         criteria[text, good] += len(verdicts)
+    command = [word for word in sys.argv[1:] if word not in ("--machine", args.machine)]
     lines = [f"# How often each criterion of {args.tasks} is met, by the share of the rubric shown", "",
-             f"`python bench/first_aid_lift.py {' '.join(sys.argv[1:])}`, {date.today()}, "
-             f"{args.samples} responses per task and share, T = {args.temperature}, {args.max_new_tokens} tokens.", "",
+             f"`python bench/first_aid_lift.py {shlex.join(command)}`, {date.today()}, {args.machine}. {args.samples} "
+             f"responses per task and share, T = {args.temperature}, {args.max_new_tokens} tokens.", "",
              "Mean score: " + ", ".join(f"{sum(s) / len(s):.3f} at {share:.0%}" for share, s in sorted(scores.items())), "",
              "| criterion | points | n | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for (text, good), count in sorted(criteria.items(), key=lambda item: -item[1]):

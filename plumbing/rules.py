@@ -99,6 +99,31 @@ def phrases(enough, before, after, words):
     return lambda text: enough(regex.search(pattern, normalize(text)) for pattern in patterns)
 
 
+QUOTED = (r"""(?m)"[^"\n]*(?:"|$)|\u201c[^\u201d\n]*(?:\u201d|$)|(?<!\w)['\u2018][^\n]*?['\u2019](?!\w)"""
+          r"|[*_`]")  # and Markdown
+CLAUSE_ENDS = r"[.!?;:,](?!\w)|[()\n\u2013\u2014]|\s-\s|\b(?i:but|so|then|instead(?!\s+of))\b"
+NEGATION = (r"(?<!\bif(?: \S+){1,3} )\b(?:(?:can)?not|never|\w+n't|dont|no (?:need|reason) to)\b(?! (?:forget|hesitate)\b)"
+            r"|\b(?:avoid\w*|without|instead of|rather than)\b(?!.{,80} and )")  # "avoid coffee and drink water" advises
+
+
+def advises(words):
+    """One of the phrases is said, not quoted, with no negation before it in its clause: "do not drink water" and "avoid ..."
+    advise against it; "if it does not help, see a doctor" does advise. A * within a phrase is up to three words."""
+    parts = [[part.strip() for part in word.split("*")] for word in words]
+    if not all(all(phrase) for phrase in parts):
+        raise ValueError(f"in words of advises, * must stand between words, got {shown(words)}")
+    gap = r"(?: \S+){,3} "
+    pattern = BEFORE + "(?:" + "|".join(gap.join(map(regex.escape, phrase)) for phrase in parts) + ")" + AFTER
+
+    def check(text):
+        compiled = regex.compile(pattern)
+        clauses = map(normalize, regex.split(CLAUSE_ENDS, regex.sub(QUOTED, "", text)))
+        return any(not regex.search(NEGATION, clause[:found.start()])
+                   for clause in clauses for found in compiled.finditer(clause))
+
+    return check
+
+
 def ends_with(words):
     """The response ends with one of the phrases; closing punctuation, white space and emoji do not count."""
     ends = [word.rstrip(".!?") for word in words]
@@ -192,7 +217,7 @@ def math_verify(answer):
 RULES = {  # name in a tag: function from the parameters to a rule
     # Whole words: "restaurant" does not mention "rest".
     "mentions_any": partial(phrases, any, BEFORE, AFTER), "mentions_all": partial(phrases, all, BEFORE, AFTER),
-    "starts_with": partial(phrases, any, "^", AFTER), "ends_with": ends_with,
+    "advises": advises, "starts_with": partial(phrases, any, "^", AFTER), "ends_with": ends_with,
     "max_words": partial(at_most, str.split), "min_words": partial(at_least, str.split),
     "max_sentences": partial(at_most, sentences), "min_sentences": partial(at_least, sentences),
     "numbered_list": numbered_list, "recites": recites, "math_verify": math_verify, "regex": matches}

@@ -179,9 +179,9 @@ def test_the_rule_proposer_picks_what_separates():
     task = tasks[0]
     rubric = proposer.propose(task)
     assert len(rubric) == 2 and all(c.points > 0 for c in rubric) and set(rubric) <= set(task.rubric)
-    texts = ["See a doctor. Take care.", "Take care."]
+    texts = ["Wash your hands. Take care.", "Take care."]
     new, better = proposer.refine(task, rubric, texts, None)
-    assert better is None and [c.text for c in new[2:]] == ['Says "see a doctor".']
+    assert better is None and [c.text for c in new[2:]] == ["Recommends washing the hands first."]
     verdicts = Verifier().verify(task, new, texts)
     assert [row[2] for row in verdicts] == [True, False]
     assert proposer.refine(task, new, ["Take care.", "Take care!"], None) == (new, None)

@@ -19,6 +19,19 @@ def rule(name, **parameters):
     ("mentions_any", {"words": ["take care"]}, ["_Take care_", "**take care**"], ["intake care", "take care2"]),
     ("mentions_any", {"words": ["c++"]}, ["use C++."], ["use c"]),
     ("mentions_all", {"words": ["ice", "rest"]}, ["Rest, and ice it"], ["ice only", "rice and rest"]),
+    ("advises", {"words": ["drink * water", "see a doctor"]},
+     ["Drink water.", "- **Drink** plenty of WATER", "drink lots of\u00a0cold water", "If it does not stop, see a doctor.",
+      "If the pain doesn\u2019t stop see a doctor", "Don't panic: see a doctor.", "I am not a doctor, but see a doctor",
+      "Do not scratch it\nDrink water", "Avoid coffee and drink water.", "Don't forget to drink water",
+      "drink 'clean' water", "Don't hesitate to see a doctor!", "You can rest (see a doctor, too)",
+      'He said "no" and you should see a doctor.', "Do not drink water. Now drink water."],
+     ["Drink tea or even a little more water", "Recommends drinking water.", "Do not drink water.",
+      "don\u2019t drink any water", "You should not drink cold water", "Never drink the sea's water",
+      "There is no need to see a doctor", "avoid tea or drink water", "You cannot see a doctor now",
+      "Rest instead of going to see a doctor", "without having to see a doctor", "", 'Says "drink water".',
+      "Says \u201csee a doctor\u201d.", "Say 'see a doctor' now", 'It says "drink water and', "see a doctorate",
+      "drink. Water", "Drink, but not water", "I see. A doctor"]),
+    ("advises", {"words": ["don't scratch"]}, ["Please don't scratch."], ["You may scratch", "never say don't scratch"]),
     ("starts_with", {"words": ["sorry"]}, ["  Sorry to hear"], ["I am sorry", "sorrynot"]),
     ("ends_with", {"words": ["take care!"]}, ["Bye, take care", "Take care!!\n", 'He said "take care."'],
      ["take care of it", "mistake care"]),
@@ -65,6 +78,14 @@ def test_a_pattern_that_explodes_is_stopped_and_unknown():
     assert time.monotonic() - start < 6
 
 
+def test_advice_in_a_long_text_is_found_in_time():
+    start = time.monotonic()
+    check = rule("advises", words=["drink * water", "see * doctor"])
+    assert not check("avoid drink a b c d " * 5000 + "'" * 500 + '"' * 500)
+    assert not check("do not drink water " * 2000)
+    assert time.monotonic() - start < 6
+
+
 def test_tags_without_a_rule_are_no_rule():
     assert rule_from_tags(()) is None
     assert rule_from_tags(("level:example", "axis:accuracy")) is None
@@ -76,6 +97,9 @@ def test_tags_without_a_rule_are_no_rule():
     (["function:max_words"], "a function: tag without verifier:rule"),
     (["verifier:rule", "function:a", "function:b"], "'function' stands twice"),
     (["verifier:rule", "function:ends_with", 'parameters:{"words": ["!"]}'], "punctuation"),
+    (["verifier:rule", "function:advises", 'parameters:{"words": ["* water"]}'], "must stand between words"),
+    (["verifier:rule", "function:advises", 'parameters:{"words": ["drink * * water"]}'], "must stand between words"),
+    (["verifier:rule", "function:advises", 'parameters:{"words": "rest"}'], "list"),
     (["verifier:rule", "function:regex"], "regex takes pattern, got"),
     (["verifier:rule", "function:max_words", "parameters:{"], "not JSON"),
     (["verifier:rule", "function:max_words", "parameters:[3]"], "JSON object"),

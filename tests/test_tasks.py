@@ -107,13 +107,38 @@ def test_limit(tmp_path):
 
 def test_bundled_tasks_are_what_the_readme_says():
     bundled = load_tasks("first_aid")
-    assert len(bundled) >= 80
-    assert all(6 <= len(t.rubric) <= 10 for t in bundled)
+    assert len(bundled) == 80
+    assert all(8 <= len(t.rubric) <= 9 for t in bundled)
     assert all(rule_from_tags(c.tags) is not None for t in bundled for c in t.rubric)
     assert all(len({c.points for c in t.rubric}) > 1 for t in bundled)
     negative = [c.points < 0 for t in bundled for c in t.rubric]
-    assert 0.2 < sum(negative) / len(negative) < 0.3
+    assert 0.3 < sum(negative) / len(negative) < 0.45
     assert len({t.messages[-1]["content"] for t in bundled}) == len(bundled)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in tasks.BUNDLED.glob("*.jsonl")))
+def test_quoting_a_bundled_rubric_or_saying_one_thing_does_not_win(name):
+    for task in load_tasks(name):
+        positive = [c.points for c in task.rubric if c.points > 0]
+        assert max(positive) <= 0.3 * sum(positive), task.id
+        texts = [c.text for c in task.rubric]
+        quotes = [*texts, " ".join(texts), "\n".join(f"- {text}" for text in texts), "\n".join(f'Says "{t}"' for t in texts)]
+        for criterion in task.rubric:
+            if not {"function:min_words", "function:regex"} & set(criterion.tags):  # of length, and of the last character
+                check = rule_from_tags(criterion.tags)
+                assert not any(map(check, quotes)), (task.id, criterion.text)
+
+
+def test_plain_advice_earns_its_points_and_its_opposite_none():
+    task = next(task for task in load_tasks("first_aid") if task.id == "first_aid-31")
+
+    def met(text):
+        return {c.text for c in task.rubric if c.points > 0 and rule_from_tags(c.tags)(text)}
+
+    advice = "Drink plenty of fluids and get some rest. Wash your hands. If it does not get better, see a doctor."
+    assert met(advice) == {"Recommends drinking plenty of water.", "Recommends getting some rest.",
+                           "Recommends washing the hands first.", "Recommends seeing a doctor if it does not get better."}
+    assert not met("Do not drink plenty of fluids. You need not get some rest. Never wash your hands.")
 
 
 def test_split_depends_on_ids_alone():

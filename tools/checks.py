@@ -1,8 +1,8 @@
 """Two questions before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
 
 --judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
-the rules are the truth, and the judge is asked as in training. Criteria about wording and length are easier to state than
-medical ones, and words are harder to count: a judge's agreement on another kind of criteria may differ.
+the rules are the truth, and the judge is asked as in training. A rule finds advice by its phrases: where a response gives
+it in other words, the judge may be right and the rule wrong. A judge's agreement on another kind of criteria may differ.
 """
 
 import json
