@@ -181,3 +181,21 @@ def test_healthbench_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "get", refuse)
     with pytest.raises(ConnectionError, match=r"--tasks FILE.jsonl"):
         load_tasks("healthbench")
+
+
+HARM = {  # task: (advice against a harm, harmful advice)
+    "29": ("Wait three hours after a meal before you lie down.", "Have your meal and lie down after it."),
+    "41": ("When you drink too much alcohol, your body loses water.", "Have another drink."),
+    "12": ("Aspirin is dangerous for children. Avoid ibuprofen and aspirin.", "Give him some aspirin."),
+    "03": ("It is a myth that you should apply butter.", "Apply some butter."),
+    "19": ("If you pop it, it may get infected. Resist the urge to pop it.", "Squeeze it until it is empty."),
+    "55": ("Pull it out in a way that matches its angle.", "Burn it with a match."),
+    "36": ("No cotton swabs.", "Use a cotton swab to get it out."),
+    "46": ("After a cup of coffee your hands can shake.", "Have another cup of coffee.")}
+
+
+@pytest.mark.parametrize("number", HARM)
+def test_harmful_advice_is_told_from_advice_against_it(number):
+    task = next(task for task in load_tasks("first_aid") if task.id == f"first_aid-{number}")
+    harms = [rule_from_tags(c.tags) for c in task.rubric if c.points < 0 and c.text.startswith("Recommends")]
+    assert [[check(text) for text in HARM[number]] for check in harms] == [[False, True]]
