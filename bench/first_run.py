@@ -67,15 +67,12 @@ def grid(args):
     return {arm: max(rows, key=lambda flags: rows[flags]["eval/score"]) for arm, rows in found.items()}, lines
 
 
-def evaluate(folder):
-    """{side: its samples} of an evaluation of the trained policy in `folder`, 16 responses to each held-out question."""
-    output = folder / "evaluation"
+def evaluate(model, output, *flags):
+    """(samples, results) of an evaluation of `model`, 16 responses to each held-out question."""
     if not (output / "results.json").exists():
-        start("evaluation.py", folder, "--base", "smollm2", "--samples", 16, "--output", output)
-    samples = defaultdict(list)
-    for line in (output / "samples.jsonl").read_text(encoding="utf-8").splitlines():
-        samples[json.loads(line)["side"]].append(json.loads(line))
-    return samples, json.loads((output / "results.json").read_text(encoding="utf-8"))
+        start("evaluation.py", model, "--samples", 16, "--output", output, *flags)
+    lines = (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
 def met_rates(samples, rubrics):
@@ -89,26 +86,23 @@ def met_rates(samples, rubrics):
     return {text: float(numpy.mean(found)) for text, found in sorted(met.items()) if len(tasks[text]) > 1}
 
 
-def figures(samples, results, side, rubrics):
-    """{label: value} of one side of an evaluation."""
-    model, texts = results["models"][side], [sample["text"] for sample in samples[side]]
+def figures(samples, results, rates, before):
+    """{label: value} of an evaluation. rates, before: `met_rates` of it, and of the one before training."""
+    model, texts = results["models"]["model"], [sample["text"] for sample in samples]
     best = {point["n"]: point["mean"] for point in model["judges"]["rules"]["best_of_n"]}
-    found = {"score, mean of 16, not clipped": best[1], "best of 16": best[16], "recited": model["recited"],
-             "length, tokens": model["length"], "entropy, nats a token": model["entropy"],
-             "distinct first sentences": len({re.split(r"[.!?\n]", text)[0] for text in texts}) / len(texts)}
-    if side == "model":
-        before, after = (met_rates(samples[which], rubrics) for which in ("base", "model"))
-        found["criteria reached from nothing"] = sum(after[text] > 0.1 for text, rate in before.items() if rate == 0)
-    return found
+    return {"score, mean of 16, not clipped": best[1], "best of 16": best[16], "recited": model["recited"],
+            "criteria reached from nothing": sum(rates[text] > 0.1 for text, rate in before.items() if rate == 0),
+            "length, tokens": model["length"], "entropy, nats a token": model["entropy"],
+            "distinct first sentences": len({re.split(r"[.!?\n]", text)[0] for text in texts}) / len(texts)}
 
 
-def pairs(samples, questions, number=10):
+def pairs(before, after, questions, number=10):
     """Markdown of the response with the median score, before and after, to the first questions."""
     lines = []
-    for task in sorted({sample["task"] for sample in samples["model"]})[:number]:
+    for task in sorted({sample["task"] for sample in after})[:number]:
         lines += [f"**{questions[task]}**", ""]
-        for side, name in (("base", "before"), ("model", "after")):
-            own = sorted((s for s in samples[side] if s["task"] == task), key=lambda s: (s["rewards"]["rules"], s["sample"]))
+        for name, samples in (("before", before), ("after", after)):
+            own = sorted((s for s in samples if s["task"] == task), key=lambda s: (s["rewards"]["rules"], s["sample"]))
             median = own[(len(own) - 1) // 2]
             lines.append(f"- {name} ({median['rewards']['rules']:+.2f}): {' '.join(median['text'].split())}")
         lines.append("")
@@ -121,28 +115,32 @@ def final(args):
     records = [json.loads(line) for line in (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines()]
     rubrics = {record["prompt_id"]: record["rubrics"] for record in records}
     questions = {record["prompt_id"]: record["prompt"][-1]["content"] for record in records}
-    columns, rates, first = defaultdict(list), defaultdict(list), {}
+    before, columns, rates, samples = {}, defaultdict(list), defaultdict(list), {}
+    for arm in ARMS:  # before training, at this arm's temperature
+        temperature = best[arm][best[arm].index("--temperature") + 1]
+        found, results = evaluate("smollm2", args.runs / f"before-{temperature}", "--held-out", 16, "--temperature", temperature)
+        before[arm] = found, met_rates(found, rubrics), figures(found, results, {}, {})
     for seed, arm in itertools.product(range(args.seeds), ARMS):
         folder = args.runs / f"final-{arm.replace(' ', '_')}-{seed}"
         train(folder, *ARMS[arm], *best[arm], "--seed", seed)
-        samples, results = evaluate(folder)
-        columns[arm].append(figures(samples, results, "model", rubrics))
-        rates[arm].append(met_rates(samples["model"], rubrics))
-        first.setdefault(arm, samples)
-        before, rates_before = figures(samples, results, "base", rubrics), met_rates(samples["base"], rubrics)
-    lines = [*header(args, results), *grid_lines, "", "## After training", "",
-             "| held-out questions, 16 responses each | before | " + " | ".join(ARMS) + " | difference, seed by seed |",
-             "|---|---|" + "---|" * (len(ARMS) + 1)]
+        found, results = evaluate(folder, folder / "evaluation")
+        rates[arm].append(met_rates(found, rubrics))
+        columns[arm].append(figures(found, results, rates[arm][-1], before[arm][1]))
+        samples.setdefault(arm, found)
+    lines = [*header(args, results), *grid_lines, "", "Best: " + "; ".join(f"{arm} `{' '.join(best[arm])}`" for arm in ARMS), "",
+             "## After training", "", "| held-out questions, 16 responses each | "
+             + " | ".join(f"before | {arm}" for arm in ARMS) + " | difference, seed by seed |", "|---|" + "---|---|" * len(ARMS) + "---|"]
     for label in columns["RuscaRL"][0]:
         values = [[run[label] for run in columns[arm]] for arm in ARMS]
-        lines.append(f"| {label} | {before.get(label, 0):.3f} | " + " | ".join(map(plus_minus, values))
-                     + f" | {plus_minus(numpy.subtract(*values))} |")
-    lines += ["", "| criterion | before | " + " | ".join(ARMS) + " |", "|---|---|" + "---|" * len(ARMS)]
-    for text, rate in rates_before.items():
-        cells = (", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
-        lines.append(f"| {text} | {rate:.0%} | " + " | ".join(cells) + " |")
+        cells = (f"{before[arm][2][label]:.3f} | {plus_minus(column)}" for arm, column in zip(ARMS, values))
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {plus_minus(numpy.subtract(*values))} |")
+    lines += ["", "| share of responses that meet | " + " | ".join(f"before | {arm}, by seed" for arm in ARMS) + " |",
+              "|---|" + "---|---|" * len(ARMS)]
+    for text in before["RuscaRL"][1]:
+        cells = (f"{before[arm][1][text]:.0%} | " + ", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
+        lines.append(f"| {text} | " + " | ".join(cells) + " |")
     for arm in ARMS:
-        lines += ["", f"## Before and after: {arm}, seed 0, the median response", "", *pairs(first[arm], questions)]
+        lines += ["", f"## Before and after: {arm}, seed 0, the median response", "", *pairs(before[arm][0], samples[arm], questions)]
     write(args.output / "first_run.md", lines)
 
 
