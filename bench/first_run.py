@@ -118,7 +118,8 @@ def final(args):
     before, columns, rates, samples = {}, defaultdict(list), defaultdict(list), {}
     for arm in ARMS:  # before training, at this arm's temperature
         temperature = best[arm][best[arm].index("--temperature") + 1]
-        found, results = evaluate("smollm2", args.runs / f"before-{temperature}", "--held-out", 16, "--temperature", temperature)
+        found, results = evaluate("smollm2", args.runs / f"before-{temperature}", "--held-out", 16,
+                                  "--temperature", temperature)
         before[arm] = found, met_rates(found, rubrics), figures(found, results, {}, {})
     for seed, arm in itertools.product(range(args.seeds), ARMS):
         folder = args.runs / f"final-{arm.replace(' ', '_')}-{seed}"
@@ -127,9 +128,10 @@ def final(args):
         rates[arm].append(met_rates(found, rubrics))
         columns[arm].append(figures(found, results, rates[arm][-1], before[arm][1]))
         samples.setdefault(arm, found)
-    lines = [*header(args, results), *grid_lines, "", "Best: " + "; ".join(f"{arm} `{' '.join(best[arm])}`" for arm in ARMS), "",
-             "## After training", "", "| held-out questions, 16 responses each | "
-             + " | ".join(f"before | {arm}" for arm in ARMS) + " | difference, seed by seed |", "|---|" + "---|---|" * len(ARMS) + "---|"]
+    chosen = "; ".join(f"{arm} `{' '.join(best[arm])}`" for arm in ARMS)
+    lines = [*header(args, results), *grid_lines, "", f"Best: {chosen}", "", "## After training", "",
+             "| held-out questions, 16 responses each | " + " | ".join(f"before | {arm}" for arm in ARMS)
+             + " | difference, seed by seed |", "|---|" + "---|---|" * len(ARMS) + "---|"]
     for label in columns["RuscaRL"][0]:
         values = [[run[label] for run in columns[arm]] for arm in ARMS]
         cells = (f"{before[arm][2][label]:.3f} | {plus_minus(column)}" for arm, column in zip(ARMS, values))
@@ -140,7 +142,8 @@ def final(args):
         cells = (f"{before[arm][1][text]:.0%} | " + ", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
         lines.append(f"| {text} | " + " | ".join(cells) + " |")
     for arm in ARMS:
-        lines += ["", f"## Before and after: {arm}, seed 0, the median response", "", *pairs(before[arm][0], samples[arm], questions)]
+        lines += ["", f"## Before and after: {arm}, seed 0, the median response", "",
+                  *pairs(before[arm][0], samples[arm], questions)]
     write(args.output / "first_run.md", lines)
 
 
