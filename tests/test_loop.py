@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import first_wording
 import pytest
 
+import first_wording
 import ruscarl
 from conftest import command, flags_in, rows, tiny_model, tiny_tokenizer
 from plumbing import prepare
