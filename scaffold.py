@@ -73,25 +73,20 @@ def choose_criteria(rubric, ratio, rng):
 
 
 def scaffold_messages(messages, criteria):
-    """`messages` with one system message that shows `criteria`; unchanged when there are none to show.
+    """`messages` with `criteria` shown below the last one, the user's; unchanged when there are none to show.
 
-    A system message that is already there is kept, and the scaffold put below it in the same message: chat templates
-    know only one. Points are not shown: they would say how to be scored, not what to write.
+    A system message and earlier turns stay as they are. Points are not shown: they would say how to be scored, not what to
+    write. The wording was chosen by what it lifts (results/scaffold_wording.md).
     """
     if not criteria:
         return list(messages)
-    wanted = [f"- {c.text}" for c in criteria if c.points > 0]
-    unwanted = [f"- {c.text}" for c in criteria if c.points < 0]
-    parts = []
-    if wanted:
-        parts.append("\n".join(["A good reply:", *wanted]))
-    if unwanted:
-        parts.append("\n".join(["A good reply is never like this:", *unwanted]))
-    parts.append("Write a good reply to the user. Do not mention these notes.")
-    system = "\n\n".join(parts)
-    if messages[0]["role"] == "system":
-        return [{"role": "system", "content": messages[0]["content"] + "\n\n" + system}, *messages[1:]]
-    return [{"role": "system", "content": system}, *messages]
+    parts = [messages[-1]["content"]]
+    if wanted := [f"- {c.text}" for c in criteria if c.points > 0]:
+        parts.append("\n".join(["Your answer should meet these requirements:", *wanted]))
+    if unwanted := [f"- {c.text}" for c in criteria if c.points < 0]:
+        parts.append("\n".join(["Your answer should not be like this:", *unwanted]))
+    parts.append("Do not mention these notes.")
+    return [*messages[:-1], {**messages[-1], "content": "\n\n".join(parts)}]
 
 
 PATTERNS = ("linear", "binary", "none")

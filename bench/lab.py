@@ -4,7 +4,7 @@
     python bench/lab.py --seeds 10 --output results   every arm of the plan (results/lab-plan.md); resumes where it stopped
 
 A word-level Llama of about 0.4 million parameters is made on the spot and fine-tuned for a minute on synthetic dialogues:
-asked about a topic it talks in the topic's habits, and where a system message lists words it uses those. The rubrics name
+asked about a topic it talks in the topic's habits, and where a message lists words it uses those. The rubrics name
 words that it almost never says unasked. From there on everything is the project's own: scaffold, judge, GRPO, sampler and
 the loop of ruscarl.py. An arm is a change of settings; arms are compared seed by seed.
 """
@@ -84,7 +84,7 @@ def make_tasks():
 
 def make_tokenizer():
     """One token a word, over all that the lab can say."""
-    text = [scaffold_messages(t.messages, t.rubric)[0]["content"] + " " + t.messages[-1]["content"] for t in make_tasks()]
+    text = [message["content"] for t in make_tasks() for message in scaffold_messages(t.messages, t.rubric)]
     splitter = pre_tokenizers.Whitespace()
     words = sorted({word for line in [*text, " ".join(HABITS + RARE)] for word, _ in splitter.pre_tokenize_str(line)})
     special = ["<pad>", "<end>", "<system>", "<user>", "<assistant>"]

@@ -1,7 +1,8 @@
 """The loop's numbers, recorded: the same commands must give the metrics that the first version of this project gave.
 
-`python tests/test_loop.py FILE` records them. The sampler of transformers draws in float32, so that its tokens depend on the
-seed alone. On the processor where they were recorded the metrics come out again to 1e-6; other kernels round otherwise.
+`python tests/test_loop.py FILE` records them. The scaffold message is that of the first version (first_wording.py). The
+sampler of transformers draws in float32, so that its tokens depend on the seed alone. On the processor where they were
+recorded the metrics come out again to 1e-6; other kernels round otherwise.
 """
 
 import json
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import first_wording
 import ruscarl
-from conftest import RUN, command, flags_in, rows, tiny_model, tiny_tokenizer
+from conftest import command, flags_in, rows, tiny_model, tiny_tokenizer
+from plumbing import prepare
 
+RUN = "tests/first_wording.py"
 GOLDENS = Path(__file__).parent / "goldens" / "loop.json"
 CASES = {
     "plain": ["--kl", "0"],
@@ -62,6 +66,13 @@ def recorded(model, ranks, case):
     found = json.loads(GOLDENS.read_text())[f"{model}, {ranks}: {case}"]
     return [{name: value for name, value in row.items() if not (case.startswith("top-p") and name.startswith("gap/"))}
             for row in found]
+
+
+@pytest.fixture(autouse=True)
+def first_version(monkeypatch):
+    """The scaffold message that the metrics were recorded with, in this process."""
+    for module in (ruscarl, prepare):
+        monkeypatch.setattr(module, "scaffold_messages", first_wording.scaffold_messages)
 
 
 @pytest.mark.parametrize("case", CASES)

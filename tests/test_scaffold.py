@@ -69,16 +69,21 @@ def test_selection_counts_order_and_independence():
 
 def test_message_shows_criteria_by_sign_and_no_points():
     question = [{"role": "user", "content": "What helps?"}]
-    system, user = scaffold_messages(question, [Criterion("Says rest.", 7), Criterion("Promises a cure.", -9)])
-    assert user == question[0] and system["role"] == "system"
-    assert system["content"].index("Says rest.") < system["content"].index("Promises a cure.")
-    assert "7" not in system["content"] and "9" not in system["content"]
-    assert scaffold_messages(question, []) == question
+    [user] = scaffold_messages(question, [Criterion("Promises a cure.", -9), Criterion("Says rest.", 7)])
+    assert user["role"] == "user"
+    places = [user["content"].index(part) for part in (
+        "What helps?", "should meet", "- Says rest.", "should not", "- Promises a cure.", "Do not mention")]
+    assert places == sorted(places)
+    assert "7" not in user["content"] and "9" not in user["content"]
+    assert scaffold_messages(question, []) == question == [{"role": "user", "content": "What helps?"}]
+    assert "should not" not in scaffold_messages(question, [Criterion("Says rest.", 7)])[0]["content"]
+    assert "should meet" not in scaffold_messages(question, [Criterion("Promises a cure.", -9)])[0]["content"]
 
 
-def test_an_existing_system_message_is_kept_and_stays_the_only_one():
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+def test_a_system_message_and_earlier_turns_stay():
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "What helps?"}]
+    before = [dict(message) for message in messages]
     result = scaffold_messages(messages, [Criterion("Says rest.", 1)])
-    assert [m["role"] for m in result] == ["system", "user"]
-    assert result[0]["content"].startswith("Be kind.") and "Says rest." in result[0]["content"]
-    assert messages[0]["content"] == "Be kind."
+    assert result[:-1] == messages[:-1] and messages == before
+    assert result[-1]["content"].startswith("What helps?\n\n") and "Says rest." in result[-1]["content"]
