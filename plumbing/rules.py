@@ -104,6 +104,7 @@ QUOTED = (r"""(?m)"[^"\n]*(?:"|$)|\u201c[^\u201d\n]*(?:\u201d|$)|(?<!\w)['\u2018
 CLAUSE_ENDS = r"[.!?;:,](?!\w)|[()\n\u2013\u2014]|\s-\s|\b(?i:but|so|then|instead(?!\s+of))\b"
 NEGATION = (r"(?<!\bif(?: \S+){1,3} )\b(?:(?:can)?not|never|\w+n't|dont|myth|no (?:need|reason) to)\b"
             r"(?! (?:forget|hesitate)\b)"
+            r"|\b(?:i'll|i will|i'm going to|i am going to|let me)\b(?! (?:recommend|suggest|advise)\b)"  # announces
             r"|\b(?:avoid\w*|without|instead of|rather than)\b(?!.{,80} and )")  # "avoid coffee and drink water" advises
 
 
