@@ -53,7 +53,7 @@ def evaluate(config):
             prepare.check_context(config, model_config)
         tasks = choose_tasks(config, tasks, [tokenizer for _, tokenizer in loaded.values()])
         samples = Samples(config, tasks, client)
-        judge = f"judge: {samples.judge}" if samples.judge else "no rubrics: nothing is scored"
+        judge = f"judge: {samples.judge}" if samples.judge != "nobody" else "no rubrics: nothing is scored"
         terminal.say(f"{config.output}: {len(tasks)} tasks x {config.samples} samples; {judge}")
         vocabularies = [tokenizer.get_vocab() for _, tokenizer in loaded.values()]
         comparable = all(vocabulary == vocabularies[0] for vocabulary in vocabularies)  # token ids mean the same to both
@@ -102,7 +102,7 @@ class Samples(JsonLines):
             tasks = [replace(task, rubric=tuple(replace(c, tags=()) for c in task.rubric)) for task in tasks]
         ruled = {rule_from_tags(c.tags) is not None for task in tasks for c in task.rubric}
         deciders = {True: "rules", False: client.model if client else "self"}  # of a criterion with a rule, without one
-        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled)
+        self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled) or "nobody"
         self.tasks = {task.id: task for task in tasks}
         super().__init__(self.folder / "samples.jsonl", self.check)
 

@@ -226,10 +226,12 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, run):
     if not by_task:
         raise Stopped("no held-out response could be scored: each had a verdict that could not be had")
     scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
+    rates, wanted = pass_rates(rollouts), {c.text for task in held_out for c in task.rubric if c.points > 0}
     draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
     return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
             "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])), "eval/recited": recited(rollouts),
-            "eval/reached": run.reached(step), "eval/pass_rate": pass_rates(rollouts), "time/eval": time.monotonic() - began}
+            "eval/reached": run.reached({text: rate for text, rate in rates.items() if text in wanted}),
+            "eval/pass_rate": rates, "time/eval": time.monotonic() - began}
 
 
 def rollout_metrics(rollouts, group_size):

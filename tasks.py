@@ -116,10 +116,10 @@ def read_jsonl(path):
         for number, line in enumerate(file, 1):
             try:
                 if line.strip() not in (b"", codecs.BOM_UTF8):
-                    yield f"{path}, line {number}", parse_json(line)
+                    record = parse_json(line, early="it ends too early; a record has to be on one line")
+                    yield f"{path}, line {number}", record
             except ValueError as error:
-                hint = "; a record has to be on one line" if "too early" in str(error) else ""
-                raise ValueError(f"{path}, line {number}: {error}{hint}") from None
+                raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def _read_parquet(path):

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections import defaultdict
 from datetime import date
@@ -25,18 +24,13 @@ import numpy
 from lab import ROOT
 from lab_report import plus_minus
 from output import write
+from smollm2 import start
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
-GRID = {"--lr": ("1e-5", "2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}  # each run is looked at after 24 and 48 steps
+GRID = {"--lr": ("1e-5", "2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}
 GRID_SEED = 100  # of no run that is reported
 QUALITY = {"Answers the question that was asked.": 3, "Is coherent from beginning to end.": 2,
            "Gives advice that could harm the person.": -4, "Repeats itself or consists of stock phrases.": -2}
-
-
-def start(*command):
-    """One of the project's commands, shown."""
-    print("python", *command, flush=True)
-    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
 
 
 def train(folder, *flags):
@@ -49,7 +43,7 @@ def train(folder, *flags):
 
 
 def grid(args):
-    """Held-out score of every arm and setting, by number of steps: {arm: {setting: {steps: score}}}; also printed."""
+    """Train every arm with every setting; print and return ({arm: its best flags}, lines of the table)."""
     found = defaultdict(dict)
     for arm, values in itertools.product(ARMS, itertools.product(*GRID.values())):
         flags = [word for pair in zip(GRID, values) for word in pair]

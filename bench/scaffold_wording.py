@@ -23,7 +23,7 @@ from first_aid_lift import fastest_sampler
 
 from judge import Judge, score
 from plumbing.policy import load_policy, prompt_ids
-from plumbing.rules import normalize
+from plumbing.rules import normalize, recites
 from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria
 from tasks import load_tasks
@@ -67,23 +67,23 @@ def words(text):
     return regex.findall(r"[\w']+", normalize(text))
 
 
-def recites(text, criteria, run=5):
-    """(whether `run` words in a row of a criterion are in `text`, whether the first `run` or all words of one are)."""
+def begins(text, texts, run=5):
+    """Whether the first `run` words, or all, of one of the criteria `texts` are in `text`."""
     line = f" {' '.join(words(text))} "
-    parts = [words(c.text) for c in criteria]
-    within = any(f" {' '.join(part[i : i + run])} " in line for part in parts for i in range(len(part) - run + 1))
-    return within, any(f" {' '.join(part[:run])} " in line for part in parts)
+    return any(f" {' '.join(words(criterion)[:run])} " in line for criterion in texts)
 
 
 def measure(wording, share, tasks, args, sample, judge):
-    """A row a sample: task id, {shown positive criterion: verdict} (share 0: of all), score, both of `recites`, words."""
+    """A row a sample: task id, {shown positive criterion: verdict} (share 0: of all), score, recites, begins, words."""
     jobs = [(task, choose_criteria(task.rubric, share, random.Random(address_seed(task.id, i))))
             for task in tasks for i in range(args.samples)]
     rows = []
     for (task, shown), text in zip(jobs, sample([wording(task.messages, shown) for task, shown in jobs])):
         verdicts = [future.result() for future in judge.submit(task, text)]
         met = {c: verdict for c, verdict in zip(task.rubric, verdicts) if c.points > 0 and (c in shown or not share)}
-        rows.append((task.id, met, score(task.rubric, verdicts), *recites(text, task.rubric), len(text.split())))
+        texts = [c.text for c in task.rubric]
+        copied = recites()(text, texts), begins(text, texts)
+        rows.append((task.id, met, score(task.rubric, verdicts), *copied, len(text.split())))
     return rows
 
 

@@ -44,8 +44,8 @@ def train_and_evaluate(arm, seed, runs, flags):
 
 def start(*command):
     """One of the project's commands, shown."""
-    print("python", " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
 
 
 def figures_of(rows, results, side):

@@ -218,6 +218,7 @@ def parse_training(argv=None):
     try:
         config = _resumed(given) if given.get("resume") else _new(given)
         check(config)
+        check_models(config)
         if config.gpu_gb and action != "plan":
             raise ValueError("--gpu-gb is for --plan")
         if config.gpus > 1 and not config.gpu_gb:
@@ -286,6 +287,7 @@ def parse_evaluation(argv=None):
         find_judge(config)
         config.output = config.output or f"evaluations/{short_name(config.model)}"
         check(config)
+        check_models(config)
         if config.temperature == 0 and config.samples > 1:
             raise ValueError("--temperature 0 gives equal samples: it needs --samples 1")
         if config.embedding and not (Path(config.embedding) / "config.json").is_file():
@@ -370,10 +372,14 @@ def check(config):
                          f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
+    config.server("judge")
+
+
+def check_models(config):
+    """Raise ValueError for a model that is not there. (A run can be evaluated when the model that it began with is gone.)"""
     for name in ("model", "base"):
         if why := absent(getattr(config, name, "")):
             raise ValueError(f"{name} {getattr(config, name)}: {why}")
-    config.server("judge")
 
 
 def absent(source):

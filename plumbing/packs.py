@@ -170,6 +170,7 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+        """(log-probabilities, entropies), a chunk of tokens at a time; logits are not kept."""
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         log_sums, chosen, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
@@ -189,6 +190,7 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        """Gradients of hidden states, weights and bias; the entropy has none."""
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         temperature, chunk, dtype = ctx.settings
         weights, grad_hidden, grad_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)

@@ -110,7 +110,8 @@ NEGATION = (r"(?<!\bif(?: \S+){1,3} )\b(?:(?:can)?not|never|\w+n't|dont|myth|no 
 
 def advises(words):
     """One of the phrases is said, not quoted, with no negation before it in its clause: "do not drink water" and "avoid ..."
-    advise against it; "if it does not help, see a doctor" does advise. A * within a phrase is up to three words."""
+    advise against it, "I'll get some rest" advises nothing; "if it does not help, see a doctor" does advise. A * within a
+    phrase is up to three words."""
     parts = [[part.strip() for part in word.split("*")] for word in words]
     if not all(all(phrase) for phrase in parts):
         raise ValueError(f"in words of advises, * must stand between words, got {shown(words)}")
@@ -118,7 +119,7 @@ def advises(words):
     pattern = BEFORE + "(?:" + "|".join(gap.join(map(regex.escape, phrase)) for phrase in parts) + ")" + AFTER
 
     def check(text):
-        compiled = regex.compile(pattern)
+        compiled = regex.compile(pattern)  # regex keeps it; not before, so that loading a task file does not wait for it
         clauses = map(normalize, regex.split(CLAUSE_ENDS, regex.sub(QUOTED, "", text)))
         return any(not regex.search(NEGATION, clause[:found.start()])
                    for clause in clauses for found in compiled.finditer(clause))

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from plumbing import ranks, terminal
@@ -54,8 +53,9 @@ def read_object(place, text=None, check=lambda found: None):
     return found
 
 
-def parse_json(content):
-    """What is in `content`, bytes of JSON. Raises ValueError, in one line, for anything else; a key may not stand twice."""
+def parse_json(content, early="it ends too early"):
+    """What is in `content`, bytes of JSON. Raises ValueError, in one line, for anything else; a key may not stand twice.
+    early: what is said of JSON that breaks off."""
     try:
         text = content.decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -63,7 +63,7 @@ def parse_json(content):
         raise ValueError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()):
-            why = "it ends too early"
+            why = early
         else:
             why = f"{error.msg} at {f'line {error.lineno}, ' if error.lineno > 1 else ''}column {error.colno}"
         raise ValueError(f"unreadable JSON: {why}") from None
@@ -133,17 +133,6 @@ def claim(folder, settings, kept):
         write_whole(path, json.dumps({**saved, **settings}, indent=1) + "\n")
     except OSError as error:
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
-
-
-def met_by_criterion(path):
-    """{text: known verdicts} of the criteria of positive points that several tasks have, from a file of rollouts."""
-    verdicts, tasks = defaultdict(list), defaultdict(set)
-    for record in JsonLines(path).rows:
-        for criterion in record["criteria"]:
-            if criterion["points"] > 0 and criterion["met"] is not None:
-                verdicts[criterion["criterion"]].append(criterion["met"])
-                tasks[criterion["criterion"]].add(record["task"])
-    return {text: met for text, met in verdicts.items() if len(tasks[text]) > 1}
 
 
 PANELS = {  # of curves.png: label: metrics
@@ -233,13 +222,13 @@ class Run:
             terminal.say(f"warning: {share:.0%} of the plain responses recite: the policy repeats the rubric instead of "
                          "following it (docs/metrics.md)")
 
-    def reached(self, step):
-        """Criteria reached from nothing: the number of those that no response met in the evaluation before training and more
-        than a tenth of the responses met in the one at `step`. Of positive points, shared by several tasks; leader only."""
+    def reached(self, rates):
+        """Criteria reached from nothing: the number of those that no response met in the first evaluation and more than a
+        tenth of the responses meets now. rates: {criterion of positive points: share met now}. Leader only."""
         if not ranks.leader():
             return None
-        before, after = (met_by_criterion(self.folder / "rollouts" / f"eval_{number:05d}.jsonl") for number in (0, step))
-        return sum(sum(before.get(text, [True])) == 0 and sum(met) > 0.1 * len(met) for text, met in after.items())
+        before = next((row["eval/pass_rate"] for row in self.rows() if "eval/pass_rate" in row), rates)
+        return sum(before.get(text) == 0 and rate > 0.1 for text, rate in rates.items())
 
     def rows(self):
         """The rows of metrics.jsonl so far. Raises ValueError, with the line, for one that is not a step's."""

@@ -6,7 +6,7 @@ from judge import Judge
 from plumbing.config import Config
 from plumbing.rules import rule_from_tags
 from plumbing.runs import Run
-from ruscarl import Rollout, recited, rollout_metrics, set_advantages
+from ruscarl import Rollout, pass_rates, recited, rollout_metrics, set_advantages
 from tasks import Criterion, Task
 
 RECITES = ("verifier:rule", "function:recites")
@@ -74,9 +74,12 @@ def test_what_was_reached_from_nothing_is_counted(run):
     rubric = [Criterion(text, 1) for text in ("never", "now", "a little", "before")] + [Criterion("bad", -1)]
 
     def evaluation(step, met):
-        run.save_rollouts(f"eval_{step:05d}", [rollout(task=str(i % 3), rubric=rubric, met=met(i)) for i in range(30)]
-                          + [rollout(task="9", rubric=[Criterion("its own", 1)], met=[step > 0])])
-        return run.reached(step)
+        rates = pass_rates([rollout(task=str(i % 3), rubric=rubric, met=met(i)) for i in range(30)]
+                           + [rollout(task="9", rubric=[Criterion("its own", 1)], met=[step > 0])])
+        wanted = {c.text for c in [*rubric, Criterion("its own", 1)] if c.points > 0}
+        found = run.reached({text: rate for text, rate in rates.items() if text in wanted})
+        run.log({"step": step, "eval/pass_rate": rates})
+        return found
 
     assert evaluation(0, lambda i: [False, False, False, i == 0, False]) == 0
     assert evaluation(8, lambda i: [False, i < 4, i < 3, True, True]) == 1  # "now": 4 of 30; 3 are no more
