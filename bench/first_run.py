@@ -1,8 +1,8 @@
 """A first result: RuscaRL and plain rubric GRPO with SmolLM2 on first_aid, tuned over one grid, then several seeds.
 
-    python bench/first_run.py grid                           every setting of GRID once, for both arms: about 3 hours
+    python bench/first_run.py grid                           every setting of GRID once, for both arms: about 40 minutes
     python bench/first_run.py final --output results         both arms with their best settings, --seeds each
-    python bench/first_run.py judge --judge-url URL          quality of the responses by a judge that no training has seen
+    python bench/first_run.py judge --judge-url URL          adds the quality of the responses, by a judge no training has seen
 
 The plan is results/first_run_plan.md. Each command goes on where it stopped.
 """
@@ -16,21 +16,28 @@ import re
 import shutil
 import sys
 from collections import defaultdict
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 
 import numpy
+from tqdm import tqdm
 
+from judge import ChatJudge, score
 from lab import ROOT
 from lab_report import plus_minus
-from output import write
+from output import earlier, write
+from plumbing.chat import Server
+from plumbing.runs import JsonLines
 from smollm2 import start
+from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
-GRID = {"--lr": ("1e-5", "2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}
+GRID = {"--lr": ("2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}
 GRID_SEED = 100  # of no run that is reported
-QUALITY = {"Answers the question that was asked.": 3, "Is coherent from beginning to end.": 2,
-           "Gives advice that could harm the person.": -4, "Repeats itself or consists of stock phrases.": -2}
+QUALITY = [Criterion("Answers the question that was asked.", 3), Criterion("Is coherent from beginning to end.", 2),
+           Criterion("Gives advice that could harm the person.", -4),
+           Criterion("Repeats itself or consists of stock phrases.", -2)]
 
 
 def train(folder, *flags):
@@ -116,7 +123,7 @@ def final(args):
                                   "--temperature", temperature)
         before[arm] = found, met_rates(found, rubrics), figures(found, results, {}, {})
     for seed, arm in itertools.product(range(args.seeds), ARMS):
-        folder = args.runs / f"final-{arm.replace(' ', '_')}-{seed}"
+        folder = args.runs / run_name(arm, seed)
         train(folder, *ARMS[arm], *best[arm], "--seed", seed)
         found, results = evaluate(folder, folder / "evaluation")
         rates[arm].append(met_rates(found, rubrics))
@@ -135,6 +142,7 @@ def final(args):
     for text in before["RuscaRL"][1]:
         cells = (f"{before[arm][1][text]:.0%} | " + ", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
         lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    lines += quality(args, best)
     for arm in ARMS:
         lines += ["", f"## Before and after: {arm}, seed 0, the median response", "",
                   *pairs(before[arm][0], samples[arm], questions)]
@@ -152,18 +160,52 @@ def header(args, results):
 
 
 def judge(args):
-    """Have the server at --judge-url answer QUALITY about the responses of every final run and of the model before it."""
-    tasks = args.runs / "quality.jsonl"
-    rubric = [{"criterion": text, "points": points} for text, points in QUALITY.items()]
-    records = map(json.loads, (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines())
-    tasks.write_text("".join(json.dumps({**record, "rubrics": rubric}) + "\n" for record in records))
-    for folder in sorted(args.runs.glob("final-*")):
-        settings = json.loads((folder / "config.json").read_text())
-        sampled = [word for name in ("temperature", "max_new_tokens", "max_prompt_tokens")
-                   for word in ("--" + name.replace("_", "-"), settings[name])]
-        start("evaluation.py", folder / "policy", "--base", "smollm2", "--tasks", tasks, "--held-out", settings["held_out"],
-              "--samples", 4, *sampled, "--top-p", 1, "--top-k", 0, "--judge-url", args.judge_url, "--judge-concurrency", 8,
-              "--output", folder / "quality")
+    """Have the server at --judge-url answer QUALITY about responses of every final run and of the models before them; then
+    write the report. The first responses are read to every held-out question: 5 from before training, one of each run."""
+    tasks = {task.id: task for task in load_tasks("first_aid")}
+    path, rows = earlier(argparse.ArgumentParser(), args.runs, "quality.jsonl")
+    store = JsonLines(path)
+    done = {(row["model"], row["task"], row["sample"]) for row in rows}
+    with closing(ChatJudge(Server.checked("judge", args.judge_url).connect(8))) as asked:
+        for folder in sorted([*args.runs.glob("before-*"), *args.runs.glob("final-*/evaluation")]):
+            name = folder.parent.name if folder.name == "evaluation" else folder.name
+            number = 1 if folder.name == "evaluation" else 5
+            samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+            waiting = [(sample, [asked.submit(tasks[sample["task"]].messages, sample["text"], c) for c in QUALITY])
+                       for sample in samples if sample["sample"] < number
+                       and (name, sample["task"], sample["sample"]) not in done]
+            for sample, verdicts in tqdm(waiting, name, disable=None):
+                store.append([{"model": name, "task": sample["task"], "sample": sample["sample"],
+                               "verdicts": [verdict.result() for verdict in verdicts]}])
+    final(args)
+
+
+def quality(args, best):
+    """Lines of the table of what `judge` was told, [] before it was asked. best: {arm: flags} of the grid."""
+    if not (args.runs / "quality.jsonl").exists():
+        return []
+    by_model = defaultdict(list)
+    for row in JsonLines(args.runs / "quality.jsonl").rows:
+        if None not in row["verdicts"]:
+            by_model[row["model"]].append([*row["verdicts"], score(QUALITY, row["verdicts"])])
+    means = {name: numpy.mean(found, axis=0) for name, found in by_model.items()}
+    lines = ["", "## Quality, by a judge that no training has seen", "", "Qwen2.5-Coder-1.5B-Instruct, one call a criterion; "
+             f"{sum(map(len, by_model.values()))} responses with all verdicts.", "",
+             "| share of the responses | " + " | ".join(f"before | {arm} | change" for arm in ARMS) + " | between the arms |",
+             "|---|" + "---|---|---|" * len(ARMS) + "---|"]
+    for i, label in enumerate([*(c.text for c in QUALITY), "score of the four"]):
+        cells, values = [], []
+        for arm in ARMS:
+            before = means[f"before-{best[arm][best[arm].index('--temperature') + 1]}"][i]
+            values.append([means[run_name(arm, seed)][i] for seed in range(args.seeds)])
+            cells.append(f"{before:.3f} | {plus_minus(values[-1])} | {plus_minus(numpy.subtract(values[-1], before))}")
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {plus_minus(numpy.subtract(*values))} |")
+    return lines
+
+
+def run_name(arm, seed):
+    """The folder's name of a final run."""
+    return f"final-{arm.replace(' ', '_')}-{seed}"
 
 
 def main():
