@@ -21,15 +21,15 @@ from datetime import date
 from pathlib import Path
 
 import numpy
-from tqdm import tqdm
-
-from judge import ChatJudge, score
 from lab import ROOT
 from lab_report import plus_minus
 from output import earlier, write
+from smollm2 import start
+from tqdm import tqdm
+
+from judge import ChatJudge, score
 from plumbing.chat import Server
 from plumbing.runs import JsonLines
-from smollm2 import start
 from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
