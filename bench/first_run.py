@@ -2,7 +2,7 @@
 
     python bench/first_run.py grid                           every setting of GRID once, for both arms: about 40 minutes
     python bench/first_run.py final --output results         both arms with their best settings, --seeds each
-    python bench/first_run.py judge --judge-url URL          adds the quality of the responses, by a judge no training has seen
+    python bench/first_run.py judge --judge-url URL          the quality of the responses, by another judge
 
 The plan is results/first_run_plan.md. Each command goes on where it stopped.
 """
@@ -21,15 +21,17 @@ from datetime import date
 from pathlib import Path
 
 import numpy
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from judge import ChatJudge, score
 from lab import ROOT
 from lab_report import plus_minus
 from output import earlier, write
-from smollm2 import start
-from tqdm import tqdm
-
-from judge import ChatJudge, score
 from plumbing.chat import Server
 from plumbing.runs import JsonLines
+from smollm2 import start
 from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
@@ -189,9 +191,9 @@ def quality(args, best):
         if None not in row["verdicts"]:
             by_model[row["model"]].append([*row["verdicts"], score(QUALITY, row["verdicts"])])
     means = {name: numpy.mean(found, axis=0) for name, found in by_model.items()}
-    lines = ["", "## Quality, by a judge that no training has seen", "", "Qwen2.5-Coder-1.5B-Instruct, one call a criterion; "
+    lines = ["", "## Quality, by a judge that no training has seen", "", "Qwen2.5-Coder-1.5B-Instruct, a call a criterion; "
              f"{sum(map(len, by_model.values()))} responses with all verdicts.", "",
-             "| share of the responses | " + " | ".join(f"before | {arm} | change" for arm in ARMS) + " | between the arms |",
+             "| share of the responses | " + " | ".join(f"before | {arm} | change" for arm in ARMS) + " | of arms |",
              "|---|" + "---|---|---|" * len(ARMS) + "---|"]
     for i, label in enumerate([*(c.text for c in QUALITY), "score of the four"]):
         cells, values = [], []
