@@ -168,7 +168,7 @@ def judge(args):
     path, rows = earlier(argparse.ArgumentParser(), args.runs, "quality.jsonl")
     store = JsonLines(path)
     done = {(row["model"], row["task"], row["sample"]) for row in rows}
-    with closing(ChatJudge(Server.checked("judge", args.judge_url).connect(8))) as asked:
+    with closing(ChatJudge(Server.checked("judge", args.judge_url).connect(32))) as asked:
         for folder in sorted([*args.runs.glob("before-*"), *args.runs.glob("final-*/evaluation")]):
             name = folder.parent.name if folder.name == "evaluation" else folder.name
             number = 1 if folder.name == "evaluation" else 5
