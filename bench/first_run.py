@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from contextlib import closing
@@ -21,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,15 +33,21 @@ from lab_report import plus_minus
 from output import earlier, write
 from plumbing.chat import Server
 from plumbing.runs import JsonLines
-from smollm2 import start
 from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
+STYLES = {"RuscaRL": ("-", "black"), "plain GRPO": ("--", "0.5")}
 GRID = {"--lr": ("2e-5", "5e-5"), "--temperature": ("0.7", "1.0")}
 GRID_SEED = 100  # of no run that is reported
 QUALITY = [Criterion("Answers the question that was asked.", 3), Criterion("Is coherent from beginning to end.", 2),
            Criterion("Gives advice that could harm the person.", -4),
            Criterion("Repeats itself or consists of stock phrases.", -2)]
+
+
+def start(*command):
+    """One of the project's commands, shown."""
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
 
 
 def train(folder, *flags):
@@ -118,7 +126,7 @@ def final(args):
     records = [json.loads(line) for line in (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines()]
     rubrics = {record["prompt_id"]: record["rubrics"] for record in records}
     questions = {record["prompt_id"]: record["prompt"][-1]["content"] for record in records}
-    before, columns, rates, samples = {}, defaultdict(list), defaultdict(list), {}
+    before, columns, rates, samples, curves = {}, defaultdict(list), defaultdict(list), {}, defaultdict(list)
     for arm in ARMS:  # before training, at this arm's temperature
         temperature = best[arm][best[arm].index("--temperature") + 1]
         found, results = evaluate("smollm2", args.runs / f"before-{temperature}", "--held-out", 16,
@@ -126,7 +134,7 @@ def final(args):
         before[arm] = found, met_rates(found, rubrics), figures(found, results, {}, {})
     for seed, arm in itertools.product(range(args.seeds), ARMS):
         folder = args.runs / run_name(arm, seed)
-        train(folder, *ARMS[arm], *best[arm], "--seed", seed)
+        curves[arm].append(train(folder, *ARMS[arm], *best[arm], "--seed", seed))
         found, results = evaluate(folder, folder / "evaluation")
         rates[arm].append(met_rates(found, rubrics))
         columns[arm].append(figures(found, results, rates[arm][-1], before[arm][1]))
@@ -144,11 +152,30 @@ def final(args):
     for text in before["RuscaRL"][1]:
         cells = (f"{before[arm][1][text]:.0%} | " + ", ".join(f"{run[text]:.0%}" for run in rates[arm]) for arm in ARMS)
         lines.append(f"| {text} | " + " | ".join(cells) + " |")
-    lines += quality(args, best)
+    lines += ["", "![held-out score, reward and entropy over training](first_run.png)", *quality(args, best)]
     for arm in ARMS:
         lines += ["", f"## Before and after: {arm}, seed 0, the median response", "",
                   *pairs(before[arm][0], samples[arm], questions)]
     write(args.output / "first_run.md", lines)
+    draw(curves, args.output / "first_run.png")
+
+
+def draw(curves, path):
+    """Held-out score, reward of the samples without scaffold, and entropy over training; a line a run."""
+    figure = Figure((12, 3.6), layout="constrained")
+    panels = {"eval/score": ("score", "held-out questions"), "entropy": ("nats a token", "entropy"),
+              "reward/unscaffolded": ("score", "training, samples without scaffold")}
+    for axis, (name, (label, title)) in zip(figure.subplots(1, 3), panels.items()):
+        for arm, runs in curves.items():
+            for seed, rows in enumerate(runs):
+                line, colour = STYLES[arm]
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                axis.plot(*zip(*points), line, color=colour, linewidth=1.3, label=None if seed else arm,
+                          marker="o" if name == "eval/score" else None, markersize=3)
+        axis.set(xlabel="step", ylabel=label, title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def header(args, results):
