@@ -190,7 +190,7 @@ def header(args, results):
 
 def judge(args):
     """Have the server at --judge-url answer QUALITY about responses of every final run and of the models before them; then
-    write the report. The first responses are read to every held-out question: 5 from before training, one of each run."""
+    write the report. The first responses are read to every held-out question: 2 from before training, one of each run."""
     tasks = {task.id: task for task in load_tasks("first_aid")}
     path, rows = earlier(argparse.ArgumentParser(), args.runs, "quality.jsonl")
     store = JsonLines(path)
@@ -198,7 +198,7 @@ def judge(args):
     with closing(ChatJudge(Server.checked("judge", args.judge_url).connect(32))) as asked:
         for folder in sorted([*args.runs.glob("before-*"), *args.runs.glob("final-*/evaluation")]):
             name = folder.parent.name if folder.name == "evaluation" else folder.name
-            number = 1 if folder.name == "evaluation" else 5
+            number = 1 if folder.name == "evaluation" else 2
             samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
             waiting = [(sample, [asked.submit(tasks[sample["task"]].messages, sample["text"], c) for c in QUALITY])
                        for sample in samples if sample["sample"] < number
