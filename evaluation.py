@@ -44,8 +44,7 @@ def evaluate(config):
     check_held_out(config, tasks)
     prepare.check_judge(config, tasks)
     folders = {side: policy_folder(getattr(config, side)) for side in ("model", "base") if getattr(config, side)}
-    server = config.server("judge")
-    client = server.connect(config.judge_concurrency) if server else None
+    client = config.connect("judge")
     try:
         embed = measures.load_embedding(config.embedding) if config.embedding else None
         loaded = {side: load_config(folder) for side, folder in folders.items()}  # (config, tokenizer) of each

@@ -164,8 +164,7 @@ def set_up(config):
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
-    server = config.server("judge")
-    client = server.connect(max(1, config.judge_concurrency // ranks.size())) if server else None
+    client = config.connect("judge", ranks.size())
     run = Run(config, digest(tasks))
     vllm, dtype = choose_sampler(config, device)[0], computing_dtype(config, device)
     if len(set(ranks.gather((vllm, dtype)))) > 1:

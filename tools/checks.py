@@ -71,7 +71,7 @@ def calibrate_judge(config):
 
     Verdicts that could not be had are counted apart. Raises ValueError for a server that cannot judge.
     """
-    with closing(ChatJudge(config.server("judge").connect(config.judge_concurrency))) as judge:
+    with closing(ChatJudge(config.connect("judge"))) as judge:
         cases, start = known_cases(), time.monotonic()
         futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
         answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]

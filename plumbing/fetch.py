@@ -1,0 +1,170 @@
+"""One HTTP request, bounded in every direction: whoever answers, it takes so many seconds and so many bytes at the most.
+
+A time-out of `requests` is for one read: a server that sends a byte a second would be waited for for ever. Here a deadline
+is for the whole answer. Its size is limited as it comes from the socket and as it is when decoded. Nothing is sent
+elsewhere: redirects are not followed, cookies not kept, and ~/.netrc and the environment's proxies count for nothing.
+RUSCARL_PROXIES=1 asks for those proxies ($HTTPS_PROXY, $NO_PROXY).
+"""
+
+import http.client
+import io
+import json
+import logging
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
+
+import requests
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+BESIDE = 1_000_000  # bytes of an answer that are not its body: header lines, sizes of chunks
+_this = threading.local()  # of this thread's request: end (of time.monotonic), bytes (that may still come); its session
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings quote what a server sent
+
+
+class BadAnswer(Exception):
+    """An answer of no use: too late, too large, not HTTP, or not from the server that was meant.
+
+    (Not an OSError: urllib3 would take it for a lost connection.)
+    """
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status, header fields and decoded body of an answer."""
+
+    status_code: int
+    headers: dict  # whatever the case of a key
+    body: bytearray
+
+    def json(self):
+        """Raises ValueError or RecursionError where the body is not JSON."""
+        return json.loads(self.body)
+
+    @property
+    def text(self):
+        """The body as text, whatever it holds."""
+        return self.body.decode(errors="replace")
+
+
+def fetch(url, seconds, most, headers=None, body=None):
+    """The Answer to a GET, or to a POST of `body` as JSON. seconds: for all of it. most: bytes of the decoded body.
+
+    Raises requests.ConnectionError where nobody answers or the connection is lost before an answer, else BadAnswer.
+    """
+    _this.end, _this.bytes = time.monotonic() + seconds, most + BESIDE
+    if not hasattr(_this, "session"):
+        _this.session = _Session()
+    proxies = requests.utils.get_environ_proxies(url) if os.environ.get("RUSCARL_PROXIES") else {}
+    try:
+        with _this.session.request("GET" if body is None else "POST", url, headers=headers, json=body, timeout=seconds,
+                                   stream=True, proxies=proxies, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True) as got:
+            content = bytearray()
+            for part in got.iter_content(65536):
+                content += part
+                if len(content) > most:
+                    raise BadAnswer(f"larger than {most:,} bytes")
+            return Answer(got.status_code, got.headers, content)
+    except requests.exceptions.SSLError:
+        raise BadAnswer("no TLS, or no certificate that is trusted") from None
+    except requests.ConnectionError:
+        raise
+    except requests.RequestException as error:
+        raise BadAnswer(type(error).__name__) from None
+
+
+class _Session(requests.Session):
+    """Connections that are kept between requests, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.trust_env = False
+        self.headers["Accept-Encoding"] = "identity"
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, _Adapter())
+
+    def get_redirect_target(self, resp):
+        """None for every answer: with allow_redirects=False requests would still read the whole body of a redirect."""
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Uses the connections below."""
+
+    def get_connection_with_tls_context(self, *args, **options):
+        pool = super().get_connection_with_tls_context(*args, **options)
+        pool.ConnectionCls = {"http": _Plain, "https": _Secure}[pool.scheme]
+        return pool
+
+
+@contextmanager
+def _in_time(sock):
+    """What is done inside with `sock` takes no longer than this thread's request still may."""
+    try:
+        if (left := _this.end - time.monotonic()) <= 0:
+            raise TimeoutError
+        sock.settimeout(left)
+        yield
+    except TimeoutError:
+        raise BadAnswer("no whole answer in time") from None
+
+
+class _Reader(io.RawIOBase):
+    """The bytes that come from a socket, as long and as many as this thread's request may take. raw: its unbuffered file."""
+
+    def __init__(self, sock, raw):
+        self.sock, self.raw = sock, raw
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        with _in_time(self.sock):
+            count = self.raw.readinto(buffer)
+        _this.bytes -= count
+        if _this.bytes < 0:
+            raise BadAnswer("larger than its limit")
+        return count
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """Reads from a _Reader."""
+
+    def __init__(self, sock, *args, **options):
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_Reader(sock, self.fp.detach()))
+
+    def begin(self):
+        try:
+            super().begin()
+        except http.client.RemoteDisconnected:
+            raise
+        except http.client.HTTPException as error:
+            raise BadAnswer(f"not HTTP ({type(error).__name__})") from None
+
+
+class _Bounded:
+    """What a connection of urllib3 needs for it."""
+
+    response_class = _Response
+
+    def send(self, data):
+        if self.sock is None:
+            self.connect()
+        with _in_time(self.sock):
+            super().send(data)
+
+
+class _Plain(_Bounded, HTTPConnection):
+    """http://"""
+
+
+class _Secure(_Bounded, HTTPSConnection):
+    """https://"""
