@@ -103,7 +103,7 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256, second
                                   f"FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
-        part.write_bytes(answer.body)
+        part.write_bytes(answer.content)
         part.replace(path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:

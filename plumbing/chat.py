@@ -285,7 +285,7 @@ class ChatClient:
 
     def _text(self, answer):
         try:
-            reply = answer.json()
+            reply = json.loads(answer.content)  # .json() would put up with half a character
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"]["content"]
             tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}

@@ -1,20 +1,17 @@
 """One HTTP request, bounded in every direction: whoever answers, it takes so many seconds and so many bytes at the most.
 
 A time-out of `requests` is for one read: a server that sends a byte a second would be waited for for ever. Here a deadline
-is for the whole answer. Its size is limited as it comes from the socket and as it is when decoded. Nothing is sent
-elsewhere: redirects are not followed, cookies not kept, and ~/.netrc and the environment's proxies count for nothing.
+is for the whole answer, and its size is limited, both as it comes from the socket and unpacked. Nothing is sent elsewhere:
+redirects are not followed, cookies not kept, and ~/.netrc and the environment's proxies count for nothing.
 RUSCARL_PROXIES=1 asks for those proxies ($HTTPS_PROXY, $NO_PROXY).
 """
 
 import http.client
-import io
-import json
 import logging
 import os
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 
 import requests
@@ -32,71 +29,53 @@ class BadAnswer(Exception):
     """
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Status, header fields and decoded body of an answer."""
-
-    status_code: int
-    headers: dict  # whatever the case of a key
-    body: bytearray
-
-    def json(self):
-        """Raises ValueError or RecursionError where the body is not JSON."""
-        return json.loads(self.body)
-
-    @property
-    def text(self):
-        """The body as text, whatever it holds."""
-        return self.body.decode(errors="replace")
-
-
 def fetch(url, seconds, most, headers=None, body=None):
-    """The Answer to a GET, or to a POST of `body` as JSON. seconds: for all of it. most: bytes of the decoded body.
+    """The answer to a GET, or to a POST of `body` as JSON: a requests.Response that is read.
 
-    Raises requests.ConnectionError where nobody answers or the connection is lost before an answer, else BadAnswer.
+    seconds: for all of it. most: bytes of the unpacked answer. Raises requests.ConnectionError where nobody answers or the
+    connection is lost before an answer, else BadAnswer.
     """
     _this.end, _this.bytes = time.monotonic() + seconds, most + BESIDE
     if not hasattr(_this, "session"):
         _this.session = _Session()
     proxies = requests.utils.get_environ_proxies(url) if os.environ.get("RUSCARL_PROXIES") else {}
+    content = bytearray()
     try:
         with _this.session.request("GET" if body is None else "POST", url, headers=headers, json=body, timeout=seconds,
-                                   stream=True, proxies=proxies, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True) as got:
-            content = bytearray()
-            for part in got.iter_content(65536):
+                                   stream=True, proxies=proxies, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True) as answer:
+            for part in answer.iter_content(65536):
                 content += part
                 if len(content) > most:
                     raise BadAnswer(f"larger than {most:,} bytes")
-            return Answer(got.status_code, got.headers, content)
     except requests.exceptions.SSLError:
         raise BadAnswer("no TLS, or no certificate that is trusted") from None
     except requests.ConnectionError:
         raise
     except requests.RequestException as error:
         raise BadAnswer(type(error).__name__) from None
+    answer._content, answer.encoding = content, "utf-8"  # or requests guesses the encoding, for seconds
+    return answer
 
 
 class _Session(requests.Session):
-    """Connections that are kept between requests, and nothing else."""
+    """Keeps connections between requests, and nothing else."""
 
     def __init__(self):
         super().__init__()
         self.trust_env = False
         self.headers["Accept-Encoding"] = "identity"
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        for scheme in ("http://", "https://"):
-            self.mount(scheme, _Adapter())
+        self.adapters = {"http://": _Adapter(), "https://": _Adapter()}
 
     def get_redirect_target(self, resp):
         """None for every answer: with allow_redirects=False requests would still read the whole body of a redirect."""
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """Uses the connections below."""
-
     def get_connection_with_tls_context(self, *args, **options):
+        """A pool of connections that are bounded."""
         pool = super().get_connection_with_tls_context(*args, **options)
-        pool.ConnectionCls = {"http": _Plain, "https": _Secure}[pool.scheme]
+        pool.ConnectionCls = CONNECTIONS[pool.scheme]
         return pool
 
 
@@ -112,36 +91,25 @@ def _in_time(sock):
         raise BadAnswer("no whole answer in time") from None
 
 
-class _Reader(io.RawIOBase):
-    """The bytes that come from a socket, as long and as many as this thread's request may take. raw: its unbuffered file."""
-
-    def __init__(self, sock, raw):
-        self.sock, self.raw = sock, raw
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        with _in_time(self.sock):
-            count = self.raw.readinto(buffer)
-        _this.bytes -= count
-        if _this.bytes < 0:
-            raise BadAnswer("larger than its limit")
-        return count
-
-    def close(self):
-        self.raw.close()
-        super().close()
-
-
 class _Response(http.client.HTTPResponse):
-    """Reads from a _Reader."""
+    """Reads from its socket as long and as much as this thread's request may take."""
 
     def __init__(self, sock, *args, **options):
         super().__init__(sock, *args, **options)
-        self.fp = io.BufferedReader(_Reader(sock, self.fp.detach()))
+        unbounded = self.fp.raw.readinto
+
+        def readinto(buffer):
+            with _in_time(sock):
+                count = unbounded(buffer)
+            _this.bytes -= count
+            if _this.bytes < 0:
+                raise BadAnswer("larger than its limit")
+            return count
+
+        self.fp.raw.readinto = readinto
 
     def begin(self):
+        """Read the head. What is not HTTP is a BadAnswer, no lost connection."""
         try:
             super().begin()
         except http.client.RemoteDisconnected:
@@ -151,20 +119,15 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Bounded:
-    """What a connection of urllib3 needs for it."""
-
     response_class = _Response
 
     def send(self, data):
+        """Connect, if need be, and send."""
         if self.sock is None:
             self.connect()
         with _in_time(self.sock):
             super().send(data)
 
 
-class _Plain(_Bounded, HTTPConnection):
-    """http://"""
-
-
-class _Secure(_Bounded, HTTPSConnection):
-    """https://"""
+CONNECTIONS = {scheme: type("Bounded", (_Bounded, kind), {})
+               for scheme, kind in (("http", HTTPConnection), ("https", HTTPSConnection))}

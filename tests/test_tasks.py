@@ -153,17 +153,17 @@ def test_split_depends_on_ids_alone():
 
 
 class Answer:
-    status_code, body = 200, (json.dumps(GOOD) + "\n").encode()
+    status_code, content = 200, (json.dumps(GOOD) + "\n").encode()
 
 
 def test_healthbench_is_cached_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("RUSCARL_CACHE", str(tmp_path))
     calls = []
     monkeypatch.setattr(tasks, "fetch", lambda url, *bounds: calls.append(url) or Answer())
-    digest = hashlib.sha256(Answer.body).hexdigest()
+    digest = hashlib.sha256(Answer.content).hexdigest()
     for _ in range(2):
         path = tasks._download_healthbench(sha256=digest)
-    assert calls == [tasks.HEALTHBENCH_URL] and path.read_bytes() == Answer.body
+    assert calls == [tasks.HEALTHBENCH_URL] and path.read_bytes() == Answer.content
     path.write_bytes(b"tampered")
     with pytest.raises(ValueError, match="SHA-256"):
         tasks._download_healthbench(sha256=digest)
