@@ -98,7 +98,7 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256, second
             if answer.status_code != 200:
                 raise BadAnswer(f"HTTP {answer.status_code}")
         except (OSError, BadAnswer) as error:
-            why = str(error) if isinstance(error, BadAnswer) else type(error).__name__
+            why = error if isinstance(error, BadAnswer) else type(error).__name__
             raise ConnectionError(f"could not download HealthBench ({why}); offline, pass a copy of the file as --tasks "
                                   f"FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,11 @@ def json_object(text):
     return found, text[end:]
 
 
+def object_schema(properties):
+    """The JSON schema of an object with all of these properties, {name: schema}, and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
 @dataclass(frozen=True)
 class Server:
     """Equivalent servers, as the flags --NAME-url, --NAME-model and --NAME-extra describe them."""
@@ -105,7 +110,7 @@ class ChatClient:
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
     environment variable of the API key, if there is one. concurrency: requests at a time, times the number of servers; while
     one cannot be reached, the others get its share. rpm, tpm: requests and tokens a minute, over all servers; 0 is no limit.
-    timeout: seconds for one try, to the end of its answer. retries: tries after the first. patience: seconds for which no
+    timeout: seconds for one request, to the end of its answer. retries: tries after the first. patience: seconds for which no
     server may be reachable before requests fail; such tries are not counted. extra: fields added to every request.
     counts: calls, tries, failures, answers, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
@@ -133,7 +138,7 @@ class ChatClient:
             try:
                 answer = fetch(f"{url}/models", timeout, 10 * LARGEST, headers=self._headers())
             except (requests.ConnectionError, BadAnswer) as error:
-                why = str(error) if isinstance(error, BadAnswer) else type(error).__name__
+                why = error if isinstance(error, BadAnswer) else type(error).__name__
                 raise ConnectionError(f"no server answers at {url} ({why})") from None
             if answer.status_code in (401, 403):
                 raise ValueError(f"{url} refuses the key in ${self.key_variable} (HTTP {answer.status_code})")
@@ -163,11 +168,29 @@ class ChatClient:
 
         return self._pool.submit(call)
 
+    def submit_parts(self, parts, ask, parse):
+        """One call for all of `parts`, {key: what is asked}: a list of what gives, by result(), the value for each key, or
+        None if it failed. ask(parts): (messages, schema). parse(text, parts): {key: value} of what can be read; for the rest
+        alone the call is tried again."""
+        values = {}
+
+        def missing():
+            return {key: part for key, part in parts.items() if key not in values}
+
+        def read(text):
+            values.update(parse(text, missing()))
+            if left := missing():
+                raise ValueError(f"{len(left)} of {len(parts)} parts are missing")
+
+        call = self.submit(lambda: ask(missing()), parse=read, none_if_failed=True)
+        return [_Part(call, values, key) for key in parts]
+
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
-        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
+        messages: or a function that returns (messages, schema), for each try. parse: raises ValueError for an answer that
+        cannot be used, which is then asked for again. schema: the answer's JSON schema; sent as structured output while the
+        servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
@@ -217,7 +240,7 @@ class ChatClient:
             now, answers = time.monotonic(), self.counts["answers"]
             tokens = (self.counts["prompt_tokens"] + self.counts["completion_tokens"]) / answers if answers else 1000
             start = max(self._next, now)
-            self._next = start + max(60 / self.rpm, 60 * tokens / self.tpm)
+            self._next = start + min(max(60 / self.rpm, 60 * tokens / self.tpm), 60)
         self._wait(start - now)
 
     def _wait(self, seconds):
@@ -271,6 +294,8 @@ class ChatClient:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _post(self, url, messages, schema, temperature):
+        if callable(messages):
+            messages, schema = messages()
         body = {"model": self.model, "messages": messages, "temperature": temperature, **self.fields}
         structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
@@ -288,7 +313,8 @@ class ChatClient:
             reply = json.loads(answer.content)  # .json() would put up with half a character
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"]["content"]
-            tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+            tokens = {name: min(max(int(usage.get(name) or 0), 0), LARGEST)
+                      for name in ("prompt_tokens", "completion_tokens")}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError("not a chat completion") from None
         self._count(answers=1, **tokens)
@@ -298,6 +324,18 @@ class ChatClient:
         if choice.get("finish_reason") == "length":
             raise ValueError("cut off at the limit of tokens")
         return text
+
+
+class _Part:
+    """The value for one key of a call that is shared."""
+
+    def __init__(self, call, values, key):
+        self.call, self.values, self.key = call, values, key
+
+    def result(self, timeout=None):
+        """As a Future's."""
+        self.call.result(timeout)
+        return self.values.get(self.key)
 
 
 def _message(answer):

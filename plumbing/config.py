@@ -74,6 +74,8 @@ class Config:
                              "$RUSCARL_JUDGE_URL); the key is in $OPENAI_API_KEY")
     judge_model: str = setting("", "model at --judge-url (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
     judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
+    judge_per: str = setting("criterion", "criterion: one request to --judge-url for each criterion of a response, as in "
+                             "HealthBench; response: one for all of them", ("criterion", "response"))
     judge_concurrency: int = setting(64, "requests at a time to each server of a model", above=0)
     judge_rpm: float = setting(0.0, "requests a minute to all servers of a model; 0: no limit", least=0)
     judge_tpm: float = setting(0.0, "tokens a minute, prompts and answers, likewise; 0: no limit", least=0)
@@ -140,8 +142,8 @@ class Evaluation(Config):
     chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
     SHARED = ("tasks", "seed", "recite_words", "max_new_tokens", "top_p", "top_k", "dtype",
-              "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "judge_rpm", "judge_tpm",
-              "token_budget", "device")
+              "judge_model", "judge_extra", "judge_per", "sampler", "judge_url", "judge_concurrency", "judge_rpm",
+              "judge_tpm", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
 
@@ -380,7 +382,8 @@ def check(config):
                          f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
-    config.server("judge")
+    if not config.server("judge") and config.judge_per == "response":
+        raise ValueError("--judge-per response needs --judge-url (or $RUSCARL_JUDGE_URL)")
 
 
 def check_models(config):

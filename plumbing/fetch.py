@@ -23,10 +23,7 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings quote what 
 
 
 class BadAnswer(Exception):
-    """An answer of no use: too late, too large, not HTTP, or not from the server that was meant.
-
-    (Not an OSError: urllib3 would take it for a lost connection.)
-    """
+    """An answer of no use: too late, too large, not HTTP. No OSError, which urllib3 would take for a lost connection."""
 
 
 def fetch(url, seconds, most, headers=None, body=None):
@@ -38,20 +35,20 @@ def fetch(url, seconds, most, headers=None, body=None):
     _this.end, _this.bytes = time.monotonic() + seconds, most + BESIDE
     if not hasattr(_this, "session"):
         _this.session = _Session()
-    proxies = requests.utils.get_environ_proxies(url) if os.environ.get("RUSCARL_PROXIES") else {}
+    options = {"proxies": requests.utils.get_environ_proxies(url) if os.environ.get("RUSCARL_PROXIES") else {},
+               "verify": os.environ.get("REQUESTS_CA_BUNDLE") or True, "timeout": seconds, "stream": True}
     content = bytearray()
     try:
-        with _this.session.request("GET" if body is None else "POST", url, headers=headers, json=body, timeout=seconds,
-                                   stream=True, proxies=proxies, verify=os.environ.get("REQUESTS_CA_BUNDLE") or True) as answer:
+        with _this.session.request("POST" if body else "GET", url, headers=headers, json=body, **options) as answer:
             for part in answer.iter_content(65536):
                 content += part
                 if len(content) > most:
                     raise BadAnswer(f"larger than {most:,} bytes")
     except requests.exceptions.SSLError:
         raise BadAnswer("no TLS, or no certificate that is trusted") from None
-    except requests.ConnectionError:
-        raise
     except requests.RequestException as error:
+        if isinstance(error, requests.ConnectionError):
+            raise
         raise BadAnswer(type(error).__name__) from None
     answer._content, answer.encoding = content, "utf-8"  # or requests guesses the encoding, for seconds
     return answer

@@ -42,21 +42,29 @@ def test_known_cases_hold_both_answers_for_both_signs():
 def test_a_perfect_a_contrary_and_a_failing_judge(server):
     known = {(response, criterion.text): truth for _, response, criterion, truth, _ in known_cases()}
 
-    def lookup(body):
-        user = body["messages"][-1]["content"]
-        return next(t for (response, text), t in known.items()
-                    if json.dumps(response, ensure_ascii=False)[1:-1] in user and text.replace('"', '\\"') in user)
+    def answer(right):
+        def about(body, number):
+            lines = body["messages"][-1]["content"].split("\n")
+            response, asked = json.loads(lines[1])[-1]["content"], json.loads(lines[4])
+            if isinstance(asked, str):
+                return completion(json.dumps({"explanation": "", "criteria_met": right(response, asked)}))
+            return completion(json.dumps({key: right(response, line) for key, line in asked.items()}))
+
+        return about
 
     flags = ["--judge-calibrate", "--judge-url", server.url]
-    server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": lookup(body)}))
+    server.answers = answer(lambda response, line: known[response, line.split("] ", 1)[1]])
     status, out, err, _ = command(RUN, *flags)
     assert status == 0, err
-    assert "agreement        1.000  1.000 to 1.000" in out and "balanced F1      1.000" in out
-    assert f"{len(known)} of {len(known)} verdicts" in out
-    server.answers = lambda body, n: completion(json.dumps({"explanation": "", "criteria_met": True}))
-    status, out, _, _ = command(RUN, *flags)
+    rows = {line[:18].strip(): line[18:].split() for line in out.splitlines()}
+    assert rows["one call a"] == ["criterion", "response"] and rows["calls"] == [f"{len(known)}", "40"]
+    assert rows["verdicts"] == [f"{len(known)}", "of", f"{len(known)}"] * 2
+    assert rows["agreement"] == rows["balanced F1"] == ["1.000", "1.000", "to", "1.000"] * 2
+    assert rows["tokens"] == [f"{10 * len(known):,}", "+", f"{5 * len(known):,}", "400", "+", "200"]
+    server.answers = answer(lambda response, line: True)
+    status, out, _, _ = command(RUN, *flags, "--judge-per", "response")
     share = sum(known.values()) / len(known)
-    assert f"agreement     {share:>8.3f}" in out and "most often wrong" in out
+    assert out.count(f"{share:.3f}  ") == 2 and "with one call a response" in out and "most often wrong" in out
     server.answers = lambda body, n: (404, {}, '{"error": {"message": "gone"}}')
     status, out, err, _ = command(RUN, *flags)
-    assert status == 1 and f"unknown: {len(known)}" in out and "gone" in out and "Traceback" not in err
+    assert status == 1 and out.count(f"unknown: {len(known)}") == 2 and "gone" in out and "Traceback" not in err
