@@ -1,9 +1,8 @@
 """A client of OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
 
-Retried, with growing pauses: answers that are late or too large, 429 (Retry-After is honoured), 5xx, and answers that the
-caller's parser refuses, which are asked for again at another temperature. Never retried: a redirect, any other 4xx. A server
-that cannot be reached is waited for, so that it can be restarted under a run. A request that fails in the end raises
-ChatError.
+Retried, with growing pauses: late and too large answers, 429 (Retry-After is honoured), 5xx, and answers that the caller's
+parser refuses, which are asked for again at another temperature. Never retried: redirects, any other 4xx. A server that
+cannot be reached is waited for, so that it can be restarted under a run. A request that fails in the end raises ChatError.
 """
 
 import json
@@ -108,10 +107,10 @@ class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
-    environment variable of the API key, if there is one. concurrency: requests at a time, times the number of servers; while
-    one cannot be reached, the others get its share. rpm, tpm: requests and tokens a minute, over all servers; 0 is no limit.
-    timeout: seconds for one request, to the end of its answer. retries: tries after the first. patience: seconds for which no
-    server may be reachable before requests fail; such tries are not counted. extra: fields added to every request.
+    environment variable of the API key, if there is one. concurrency: requests at a time for each server; while one cannot
+    be reached, the others get its share. rpm, tpm: requests and tokens a minute, over all servers; 0 is no limit. timeout:
+    seconds for one request, to the end of its answer. retries: tries after the first. patience: seconds for which no server
+    may be reachable before requests fail; such tries are not counted. extra: fields added to every request.
     counts: calls, tries, failures, answers, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 

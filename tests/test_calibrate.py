@@ -6,7 +6,10 @@ import numpy
 import pytest
 
 from conftest import RUN, command, completion
+from plumbing.config import Config
+from tasks import Criterion, Task
 from tools.checks import balanced_f1, interval, known_cases
+from tools.plan import print_work
 
 
 def test_balanced_f1_by_hand():
@@ -68,3 +71,13 @@ def test_a_perfect_a_contrary_and_a_failing_judge(server):
     server.answers = lambda body, n: (404, {}, '{"error": {"message": "gone"}}')
     status, out, err, _ = command(RUN, *flags)
     assert status == 1 and out.count(f"unknown: {len(known)}") == 2 and "gone" in out and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("per", "calls"), [("criterion", 2), ("response", 1)])
+def test_the_plan_counts_the_calls_of_both_ways(capsys, tokenizer, per, calls):
+    ruled = Criterion("Says x.", 1, ("verifier:rule", "function:mentions_any", 'parameters:{"words": ["x"]}'))
+    task = Task("t", [{"role": "user", "content": "Q?"}], (Criterion("Is kind.", 1), ruled, Criterion("Is rude.", -1)))
+    config = Config(judge_per=per, judge_url="http://h/v1", steps=10, batch_size=4, group_size=8, eval_every=10, held_out=1)
+    print_work(config, [task, task], [task], numpy.array([[5, 9]] * 3), tokenizer)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "judge calls" in line)
+    assert f"{32 * calls} a step, {(320 + 2 * 4) * calls} in all" in line
