@@ -101,8 +101,8 @@ class ChatJudge:
     def submit(self, messages, text, criteria):
         """Futures of True, False or None, one a criterion."""
         if self.per == "criterion":
-            return [self.client.submit(judge_messages(messages, text, criterion), parse=parse_verdict, schema=VERDICT_SCHEMA,
-                                       none_if_failed=True) for criterion in criteria]
+            return [self.client.submit(judge_messages(messages, text, criterion), parse=parse_verdict, schema=VERDICT_SCHEMA)
+                    for criterion in criteria]
         numbered = {str(number): criterion for number, criterion in enumerate(criteria, 1)}
         return self.client.submit_parts(numbered, parse=parse_verdicts, ask=lambda missing: (
             judge_messages(messages, text, missing), object_schema({n: {"type": "boolean"} for n in missing})))

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import requests
@@ -159,10 +159,10 @@ class ChatClient:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, messages, *, parse=None, schema=None, none_if_failed=False):
-        """`complete` in the pool: a Future. none_if_failed: of None instead of a ChatError."""
+    def submit(self, messages, *, parse=None, schema=None):
+        """`complete` in the pool: a Future, of None where it raises ChatError."""
         def call():
-            with suppress(ChatError) if none_if_failed else nullcontext():
+            with suppress(ChatError):
                 return self.complete(messages, parse=parse, schema=schema)
 
         return self._pool.submit(call)
@@ -181,7 +181,7 @@ class ChatClient:
             if left := missing():
                 raise ValueError(f"{len(left)} of {len(parts)} parts are missing")
 
-        call = self.submit(lambda: ask(missing()), parse=read, none_if_failed=True)
+        call = self.submit(lambda: ask(missing()), parse=read)
         return [_Part(call, values, key) for key in parts]
 
     def complete(self, messages, *, parse=None, schema=None):

@@ -207,7 +207,7 @@ def test_the_download_of_healthbench_is_bounded(evil, monkeypatch, tmp_path, par
 def test_a_closed_client_tries_no_more(evil):
     server = evil(lambda: [whole(b"", status=b"500 Oops")])
     client = ChatClient([server.url], "judge", retries=1000, first_pause=0.01)
-    futures = [client.submit([], none_if_failed=True) for _ in range(3)]
+    futures = [client.submit([]) for _ in range(3)]
     while len(server.heads) < 6:
         time.sleep(0.01)
     client.close()
