@@ -216,7 +216,7 @@ class ChatClient:
                 self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # refused, or lost in the middle of an answer
+            except requests.ConnectionError as error:  # refused, or lost before an answer
                 outage = self._outage(url)
                 if outage > self.patience:
                     raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
