@@ -44,8 +44,7 @@ def evaluate(config):
     check_held_out(config, tasks)
     prepare.check_judge(config, tasks)
     folders = {side: policy_folder(getattr(config, side)) for side in ("model", "base") if getattr(config, side)}
-    server = config.server("judge")
-    client = server.connect(config.judge_concurrency) if server else None
+    client = config.connect("judge")
     try:
         embed = measures.load_embedding(config.embedding) if config.embedding else None
         loaded = {side: load_config(folder) for side, folder in folders.items()}  # (config, tokenizer) of each
@@ -101,7 +100,8 @@ class Samples(JsonLines):
         if config.judge in ("chat", "self"):  # asked about every criterion: without tags, no criterion has a rule
             tasks = [replace(task, rubric=tuple(replace(c, tags=()) for c in task.rubric)) for task in tasks]
         ruled = {rule_from_tags(c.tags) is not None for task in tasks for c in task.rubric}
-        deciders = {True: "rules", False: client.model if client else "self"}  # of a criterion with a rule, without one
+        model = client and client.model + (", one call a response" if config.judge_per == "response" else "")
+        deciders = {True: "rules", False: model or "self"}  # of a criterion with a rule, without one
         self.judge = " and ".join(name for has_rule, name in deciders.items() if has_rule in ruled) or "nobody"
         self.tasks = {task.id: task for task in tasks}
         super().__init__(self.folder / "samples.jsonl", self.check)
@@ -190,7 +190,7 @@ def complete(config, side, samples, policy, tokenizer, client):
         longest = context if self_judged else config.max_prompt_tokens + config.max_new_tokens
         sampler = prepare.make_sampler(config, policy, tokenizer, max_model_len=longest, gpu_memory=0.85)
         sampler.sync(named_weights(policy))
-    judge = prepare.make_judge(client, tasks, tokenizer, sampler, context)
+    judge = prepare.make_judge(client, tasks, tokenizer, sampler, context, config.judge_per)
     try:
         with terminal.progress(len(rollouts) + len(unjudged), len(kept), "response"):
             for i in range(0, len(unjudged), config.chunk):

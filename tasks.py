@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.config import cache_dir
+from plumbing.fetch import BadAnswer, fetch
 from plumbing.rules import rule_from_tags, shown
 from plumbing.runs import parse_json
 
@@ -89,17 +90,17 @@ def digest(tasks):
     return hashlib.sha256(repr(tasks).encode()).hexdigest()
 
 
-def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256):
-    import requests  # only this source needs it
-
+def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256, seconds=1800, most=100_000_000):
     path = cache_dir() / "healthbench.jsonl"
     if not path.is_file():
         try:
-            answer = requests.get(url, timeout=60)
-            answer.raise_for_status()
-        except requests.RequestException as error:
-            raise ConnectionError(f"could not download HealthBench ({type(error).__name__}); offline, pass a copy of the "
-                                  f"file as --tasks FILE.jsonl, or put it at {path}") from None
+            answer = fetch(url, seconds, most)
+            if answer.status_code != 200:
+                raise BadAnswer(f"HTTP {answer.status_code}")
+        except (OSError, BadAnswer) as error:
+            why = error if isinstance(error, BadAnswer) else type(error).__name__
+            raise ConnectionError(f"could not download HealthBench ({why}); offline, pass a copy of the file as --tasks "
+                                  f"FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(answer.content)

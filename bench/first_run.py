@@ -200,7 +200,7 @@ def judge(args):
             name = folder.parent.name if folder.name == "evaluation" else folder.name
             number = 1 if folder.name == "evaluation" else 2
             samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-            waiting = [(sample, [asked.submit(tasks[sample["task"]].messages, sample["text"], c) for c in QUALITY])
+            waiting = [(sample, asked.submit(tasks[sample["task"]].messages, sample["text"], QUALITY))
                        for sample in samples if sample["sample"] < number
                        and (name, sample["task"], sample["sample"]) not in done]
             for sample, verdicts in tqdm(waiting, name, disable=None):

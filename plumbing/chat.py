@@ -1,28 +1,31 @@
 """A client of OpenAI-compatible chat servers: several servers, many requests at once, retries that end.
 
-Retried, with growing pauses: time-outs, 429 (Retry-After is honoured), 5xx, and answers that the caller's parser refuses,
-which are asked for again at another temperature. Never retried: any other 4xx. A server that cannot be reached is waited
-for, so that it can be restarted under a run. A request that fails in the end raises ChatError.
+Retried, with growing pauses: late and too large answers, 429 (Retry-After is honoured), 5xx, and answers that the caller's
+parser refuses, which are asked for again at another temperature. Never retried: redirects, any other 4xx. A server that
+cannot be reached is waited for, so that it can be restarted under a run. A request that fails in the end raises ChatError.
 """
 
 import json
+import math
 import os
 import random
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import requests
 
+from plumbing.fetch import BadAnswer, fetch
 from plumbing.rules import unique_keys
 from plumbing.runs import read_object
 from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says
 REST = 5.0  # seconds for which a server that did not answer is avoided
+LARGEST = 1_000_000  # bytes of an answer; a list of models may have ten times as many
 
 
 class ChatError(RuntimeError):
@@ -51,6 +54,11 @@ def json_object(text):
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
     return found, text[end:]
+
+
+def object_schema(properties):
+    """The JSON schema of an object with all of these properties, {name: schema}, and no others."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,15 @@ class ChatClient:
     """A pool of equivalent servers behind one `complete`.
 
     base_urls: e.g. ["http://127.0.0.1:8000/v1"]; each request goes to the one with the fewest in flight. key_variable:
-    environment variable of the API key, if there is one. concurrency: requests at a time, over all servers. timeout: seconds
-    for one try. retries: tries after the first. patience: seconds for which no server may be reachable before requests fail;
-    such tries are not counted. extra: fields added to every request.
-    counts: calls, tries, failures, prompt_tokens, completion_tokens, seconds (of calls, retries included).
+    environment variable of the API key, if there is one. concurrency: requests at a time for each server; while one cannot
+    be reached, the others get its share. rpm, tpm: requests and tokens a minute, over all servers; 0 is no limit. timeout:
+    seconds for one request, to the end of its answer. retries: tries after the first. patience: seconds for which no server
+    may be reachable before requests fail; such tries are not counted. extra: fields added to every request.
+    counts: calls, tries, failures, answers, prompt_tokens, completion_tokens, seconds (of calls, retries included).
     """
 
-    def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, timeout=120.0, retries=5,
-                 patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
+    def __init__(self, base_urls, model, *, key_variable="OPENAI_API_KEY", concurrency=64, rpm=0, tpm=0, timeout=120.0,
+                 retries=5, patience=300.0, max_tokens=1024, first_pause=0.5, extra=None):
         self.base_urls = [url.rstrip("/") for url in base_urls]
         self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.patience, self.first_pause = timeout, retries, patience, first_pause
@@ -115,9 +124,9 @@ class ChatClient:
         self.counts, self.last_error = Counter(), None
         self._in_flight, self._rests_until = Counter(), Counter()  # a server that failed is avoided for a moment
         self._outage_began, self._outage_told = None, False  # of all servers at once
-        self._lock = threading.Lock()
-        self._local = threading.local()  # a requests.Session belongs to one thread
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="chat")
+        self.rpm, self.tpm, self._next = rpm or math.inf, tpm or math.inf, 0.0  # _next: when the next request may go
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._pool = ThreadPoolExecutor(concurrency * len(base_urls), thread_name_prefix="chat")
 
     def check(self, timeout=5.0, hint="--judge-model"):
         """Ask every server for its models; take the only one if no model was named. hint: how the user names one.
@@ -126,9 +135,10 @@ class ChatClient:
         """
         for url in self.base_urls:
             try:
-                answer = requests.get(f"{url}/models", headers=self._headers(), timeout=timeout)
-            except requests.RequestException as error:
-                raise ConnectionError(f"no server answers at {url} ({type(error).__name__})") from None
+                answer = fetch(f"{url}/models", timeout, 10 * LARGEST, headers=self._headers())
+            except (requests.ConnectionError, BadAnswer) as error:
+                why = error if isinstance(error, BadAnswer) else type(error).__name__
+                raise ConnectionError(f"no server answers at {url} ({why})") from None
             if answer.status_code in (401, 403):
                 raise ValueError(f"{url} refuses the key in ${self.key_variable} (HTTP {answer.status_code})")
             if answer.status_code == 404 and self.model:
@@ -145,22 +155,41 @@ class ChatClient:
                 raise ValueError(f"{url} {problem}; it serves {self.quoted(', '.join(served[:10])) or 'none'} ({hint})")
 
     def close(self):
-        """Cancel what still waits in the pool; requests under way end by themselves."""
+        """Cancel what still waits in the pool; requests under way end by themselves, and are not tried again."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, messages, *, parse=None, schema=None, none_if_failed=False):
-        """`complete` in the pool: a Future. none_if_failed: of None instead of a ChatError."""
+    def submit(self, messages, *, parse=None, schema=None):
+        """`complete` in the pool: a Future, of None where it raises ChatError."""
         def call():
-            with suppress(ChatError) if none_if_failed else nullcontext():
+            with suppress(ChatError):
                 return self.complete(messages, parse=parse, schema=schema)
 
         return self._pool.submit(call)
 
+    def submit_parts(self, parts, ask, parse):
+        """One call for all of `parts`, {key: what is asked}: a list of what gives, by result(), the value for each key, or
+        None if it failed. ask(parts): (messages, schema). parse(text, parts): {key: value} of what can be read; for the rest
+        alone the call is tried again."""
+        values = {}
+
+        def missing():
+            return {key: part for key, part in parts.items() if key not in values}
+
+        def read(text):
+            values.update(parse(text, missing()))
+            if left := missing():
+                raise ValueError(f"{len(left)} of {len(parts)} parts are missing")
+
+        call = self.submit(lambda: ask(missing()), parse=read)
+        return [_Part(call, values, key) for key in parts]
+
     def complete(self, messages, *, parse=None, schema=None):
         """The answer's text, or parse(text). Blocks; safe to call from many threads.
 
-        parse: raises ValueError for an answer that cannot be used, which is then asked for again. schema: the answer's JSON
-        schema; sent as structured output while the servers take it. Raises ChatError where the request failed for good.
+        messages: or a function that returns (messages, schema), for each try. parse: raises ValueError for an answer that
+        cannot be used, which is then asked for again. schema: the answer's JSON schema; sent as structured output while the
+        servers take it. Raises ChatError where the request failed for good.
         """
         start = time.monotonic()
         try:
@@ -187,7 +216,7 @@ class ChatClient:
                 self._in_flight[url] += 1
             try:
                 return self._try(url, messages, parse, schema, temperature)
-            except requests.ConnectionError as error:  # refused, or lost in the middle of an answer
+            except requests.ConnectionError as error:  # refused, or lost before an answer
                 outage = self._outage(url)
                 if outage > self.patience:
                     raise ChatError(f"{url}: {type(error).__name__} (no server could be reached for "
@@ -202,18 +231,30 @@ class ChatClient:
             finally:
                 with self._lock:
                     self._in_flight[url] -= 1
-            time.sleep(pause)
+            self._wait(pause)
+
+    def _pace(self):
+        """Wait until rpm and tpm let a request go, which is taken to have as many tokens as the others in the mean."""
+        with self._lock:
+            now, answers = time.monotonic(), self.counts["answers"]
+            tokens = (self.counts["prompt_tokens"] + self.counts["completion_tokens"]) / answers if answers else 1000
+            start = max(self._next, now)
+            self._next = start + min(max(60 / self.rpm, 60 * tokens / self.tpm), 60)
+        self._wait(start - now)
+
+    def _wait(self, seconds):
+        """Sleep. Raises ChatError where the client is closed."""
+        if self._closed.wait(seconds):
+            raise ChatError("the client is closed")
 
     def _try(self, url, messages, parse, schema, temperature):
         """One request. Raises _Failed or requests.ConnectionError for what may pass, ChatError for what will not."""
         try:
             answer = self._post(url, messages, schema, temperature)
-        except requests.ConnectionError:
-            raise
-        except requests.RequestException as error:  # mostly a time-out
+        except BadAnswer as error:  # mostly a time-out
             self._rests_until[url] = time.monotonic() + REST
-            raise _Failed(type(error).__name__) from None
-        except ValueError as error:  # a redirect to what is no URL, a key that no header can hold
+            raise _Failed(str(error)) from None
+        except ValueError as error:  # a key that no header can hold
             raise ChatError(f"{url}: {self.quoted(str(error))}") from None
         with self._lock:
             self._rests_until[url], self._outage_began, self._outage_told = 0.0, None, False
@@ -252,14 +293,14 @@ class ChatClient:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _post(self, url, messages, schema, temperature):
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
+        if callable(messages):
+            messages, schema = messages()
         body = {"model": self.model, "messages": messages, "temperature": temperature, **self.fields}
         structure = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
         formats = [{"response_format": structure}, {}] if schema is not None and self.structured else [{}]
         for extra in formats:
-            answer = self._local.session.post(f"{url}/chat/completions", json={**body, **extra}, headers=self._headers(),
-                                              timeout=self.timeout)
+            self._pace()
+            answer = fetch(f"{url}/chat/completions", self.timeout, LARGEST, self._headers(), {**body, **extra})
             if answer.status_code not in (400, 422):  # perhaps it is response_format that is refused: try without
                 break
         if schema is not None and not extra and answer.status_code == 200:
@@ -268,13 +309,14 @@ class ChatClient:
 
     def _text(self, answer):
         try:
-            reply = answer.json()
+            reply = json.loads(answer.content)  # .json() would put up with half a character
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"]["content"]
-            tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+            tokens = {name: min(max(int(usage.get(name) or 0), 0), LARGEST)
+                      for name in ("prompt_tokens", "completion_tokens")}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError("not a chat completion") from None
-        self._count(**tokens)
+        self._count(answers=1, **tokens)
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError
@@ -283,8 +325,22 @@ class ChatClient:
         return text
 
 
+class _Part:
+    """The value for one key of a call that is shared."""
+
+    def __init__(self, call, values, key):
+        self.call, self.values, self.key = call, values, key
+
+    def result(self, timeout=None):
+        """As a Future's."""
+        self.call.result(timeout)
+        return self.values.get(self.key)
+
+
 def _message(answer):
     """The error message in a server's answer."""
+    if 300 <= answer.status_code < 400:
+        return "a redirect, which is not followed"
     try:
         error = answer.json()["error"]
         return str(error["message"]) if isinstance(error, dict) else str(error)

@@ -23,8 +23,8 @@ def setting(default, help, choices=None, least=None, above=None, most=None):
 
 # These may change between a run and its continuation; any other change would make it another run.
 MAY_CHANGE = {"resume", "eval_every", "save_every", "keep_checkpoints", "max_skipped", "judge_url", "judge_extra",
-              "judge_concurrency", "max_unknown", "token_budget", "gradient_checkpointing", "device",
-              "offload", "gpu_gb", "gpus", "check_sync", "tracker", "runs", "name"}
+              "judge_concurrency", "judge_rpm", "judge_tpm", "max_unknown", "token_budget", "gradient_checkpointing",
+              "device", "offload", "gpu_gb", "gpus", "check_sync", "tracker", "runs", "name"}
 
 
 @dataclass
@@ -74,7 +74,11 @@ class Config:
                              "$RUSCARL_JUDGE_URL); the key is in $OPENAI_API_KEY")
     judge_model: str = setting("", "model at --judge-url (default: $RUSCARL_JUDGE_MODEL, else the only one served)")
     judge_extra: str = setting("", "JSON object added to each judge request, such as a switch for thinking")
-    judge_concurrency: int = setting(64, "requests to a model's servers at a time", above=0)
+    judge_per: str = setting("criterion", "criterion: one request to --judge-url for each criterion of a response, as in "
+                             "HealthBench; response: one for all of them", ("criterion", "response"))
+    judge_concurrency: int = setting(64, "requests at a time to each server of a model", above=0)
+    judge_rpm: float = setting(0.0, "requests a minute to all servers of a model; 0: no limit", least=0)
+    judge_tpm: float = setting(0.0, "tokens a minute, prompts and answers, likewise; 0: no limit", least=0)
     max_unknown: float = setting(0.1, "stop where a larger share of a step's verdicts could not be had", least=0, most=1)
     held_out: int = setting(16, "tasks kept for evaluation and never trained on", above=0)
     eval_every: int = setting(8, "evaluate every so many steps; also before the first and after the last", above=0)
@@ -96,6 +100,11 @@ class Config:
     def server(self, name):
         """The Server of judge, proposer or verifier, or None where no URL is given. Raises ValueError, naming the flag."""
         return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
+
+    def connect(self, name, ranks=1, **options):
+        """A ChatClient of these servers with one rank's share of the limits, or None. Raises ValueError, naming the flag."""
+        server, limits = self.server(name), {"rpm": self.judge_rpm / ranks, "tpm": self.judge_tpm / ranks}
+        return server and server.connect(max(1, self.judge_concurrency // ranks), **limits, **options)
 
 
 # Paper, Table 3 and C.1. Sampling and midpoint are set per model, in paper_preset.
@@ -133,7 +142,8 @@ class Evaluation(Config):
     chunk: int = setting(128, "responses that are sampled and judged before they are written down", above=0)
 
     SHARED = ("tasks", "seed", "recite_words", "max_new_tokens", "top_p", "top_k", "dtype",
-              "judge_model", "judge_extra", "sampler", "judge_url", "judge_concurrency", "token_budget", "device")
+              "judge_model", "judge_extra", "judge_per", "sampler", "judge_url", "judge_concurrency", "judge_rpm",
+              "judge_tpm", "token_budget", "device")
     FROM_RUN = ("tasks", "held_out", "max_new_tokens", "max_prompt_tokens", "temperature", "top_p", "top_k")
 
 
@@ -159,7 +169,7 @@ class Refinement(Config):
     always: bool = setting(False, "refine even where the two best are told apart already, as the paper does")
     output: str = setting("", "folder for everything that comes out (default: refined/<tasks>)")
 
-    SHARED = ("seed", "judge_concurrency")
+    SHARED = ("seed", "judge_concurrency", "judge_rpm", "judge_tpm")
 
 
 class Parser(argparse.ArgumentParser):
@@ -372,7 +382,8 @@ def check(config):
                          f"got {config.batch_size}")
     if "/" in config.name or config.name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {config.name!r}")
-    config.server("judge")
+    if not config.server("judge") and config.judge_per == "response":
+        raise ValueError("--judge-per response needs --judge-url (or $RUSCARL_JUDGE_URL)")
 
 
 def check_models(config):

@@ -60,15 +60,15 @@ def self_judged(config, tasks):
     return not config.judge_url and first_unruled(tasks) is not None
 
 
-def make_judge(client, tasks, tokenizer, sampler, context):
+def make_judge(client, tasks, tokenizer, sampler, context, per="criterion"):
     """Rules for criteria that have rules; for the others the server behind `client`, or else the policy itself.
 
-    context: tokens that the policy may read when it judges.
+    context: tokens that the policy may read when it judges. per: what the server is asked about in one call.
     """
     if first_unruled(tasks) is None:
         return Judge()
     if client is not None:
-        return Judge(ChatJudge(client))
+        return Judge(ChatJudge(client, per))
     say("warning: the policy judges itself: its scores may mean nothing (the paper's judge: Qwen3-32B, by --judge-url)")
     prefix, true, false = (tokenizer.encode(text, add_special_tokens=False)
                            for text in ('{"criteria_met":', " true", " false"))
@@ -164,8 +164,7 @@ def set_up(config):
     tasks = load_tasks(config.tasks)
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
-    server = config.server("judge")
-    client = server.connect(max(1, config.judge_concurrency // ranks.size())) if server else None
+    client = config.connect("judge", ranks.size())
     run = Run(config, digest(tasks))
     vllm, dtype = choose_sampler(config, device)[0], computing_dtype(config, device)
     if len(set(ranks.gather((vllm, dtype)))) > 1:
@@ -194,7 +193,7 @@ def set_up(config):
     if config.gradient_checkpointing:
         checkpoint_gradients(policy)
     sampler.sync(named_weights(policy))
-    judge = make_judge(client, tasks + held_out, tokenizer, sampler, context)
+    judge = make_judge(client, tasks + held_out, tokenizer, sampler, context, config.judge_per)
     run.open()
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run)

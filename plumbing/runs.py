@@ -7,11 +7,13 @@
                 checkpoints/        step_00010/: see checkpoints.py; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
                 curves.png          the metrics, drawn
+                lock                held by the process that writes here
 
 The leader writes; on other ranks everything that writes does nothing.
 """
 
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import math
@@ -21,6 +23,8 @@ from pathlib import Path
 
 from plumbing import ranks, terminal
 from plumbing.rules import unique_keys
+
+_locks = {}  # {folder: its lock, open}: held until this process ends, however it ends
 
 
 class Stopped(RuntimeError):
@@ -135,6 +139,20 @@ def claim(folder, settings, kept):
         raise ValueError(f"--output {folder}: cannot write there ({error.strerror})") from None
 
 
+def lock(folder):
+    """Make this process the only one that writes in `folder`. Raises ValueError where another one is."""
+    if folder.resolve() in _locks:
+        return
+    file = open(folder / "lock", "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is at work on this run: end it first, or wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    _locks[folder.resolve()] = file
+
+
 PANELS = {  # of curves.png: label: metrics
     "score": ("reward/mean", "reward/unscaffolded"), "share of the rubric shown": ("scaffold/ratio",),
     "nats a token": ("entropy", "kl"), "response length, tokens": ("response/length",),
@@ -147,7 +165,8 @@ class Run:
     """A run's folder. Only `open` makes it, so that a run that never starts leaves nothing behind.
 
     tasks_digest: a hash of all tasks. Raises FileExistsError for a name that is taken, PermissionError for a place that
-    cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed.
+    cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed, or which
+    another process is at work on.
     """
 
     def __init__(self, config, tasks_digest):
@@ -165,11 +184,14 @@ class Run:
         there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise PermissionError(f"cannot write to {there} (--runs)")
+        if self.folder.is_dir() and ranks.leader():
+            lock(self.folder)
 
     def open(self):
-        """Make the folder and connect the tracker. Raises ValueError where a rank does not see the folder in a minute."""
+        """Make the folder, lock it and connect the tracker. Raises ValueError where a rank does not see it in a minute."""
         if ranks.leader():
             (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            lock(self.folder)
             write_whole(self.digest, self.tasks_digest + "\n")
             write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
             self._track = _tracker(self.config.tracker, self.folder, self.config)

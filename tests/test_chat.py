@@ -1,6 +1,7 @@
 """The chat client against a real HTTP server that misbehaves."""
 
 import socket
+import threading
 import time
 
 import pytest
@@ -77,8 +78,8 @@ def test_retry_after_is_honoured(server):
 
 
 def test_a_server_that_hangs_is_left(server):
-    server.answers = lambda body, n: time.sleep(1.5) or GOOD if n == 1 else GOOD
-    c = client(server, timeout=0.5)
+    server.answers = lambda body, n: time.sleep(6) or GOOD if n == 1 else GOOD
+    c = client(server, timeout=2)
     assert verdict(c) is True and c.counts["tries"] == 2
 
 
@@ -128,6 +129,29 @@ def test_two_servers_share_the_work_and_one_may_die():
     assert all(f.result() is not None for f in [c.submit(ASK) for _ in range(16)])
     assert c.counts["failures"] == 0
     second.close()
+
+
+def test_each_server_gets_as_many_at_a_time():
+    first, second = Server(), Server()
+    everybody = threading.Barrier(6)  # passes only if six requests are there at the same time
+    for s in (first, second):
+        s.answers = lambda body, n: everybody.wait(60) is None or GOOD
+    c = client(first, second, concurrency=3, timeout=60)
+    assert all(f.result() is not None for f in [c.submit(ASK) for _ in range(6)])
+    assert len(first.requests) == len(second.requests) == 3
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("limits", [{"rpm": 600}, {"tpm": 600 * 15}])  # an answer of this server has 15 tokens
+def test_limits_a_minute(server, limits):
+    server.answers = lambda body, n: (500, {}, "") if n == 3 else GOOD
+    c = client(server, **limits, concurrency=8)
+    c.counts.update(answers=1, prompt_tokens=15)  # else the first is taken to have 1000 tokens
+    start = time.monotonic()
+    assert all(f.result() is not None for f in [c.submit(ASK) for _ in range(10)])
+    assert len(server.requests) == 11 and time.monotonic() - start >= 1  # a try more is a request more
+    assert c.counts["answers"] == 11
 
 
 def test_request_counts_key_and_extra(server, monkeypatch, capfd):

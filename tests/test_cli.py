@@ -131,6 +131,9 @@ def test_an_llm_judge_over_http_and_one_that_fails(tiny, tmp_path, server):
     status, _, err, _ = command(RUN, *flags, "--name", "judged")
     assert status == 0, err
     assert len(server.requests) == 2 * (3 * 2 + 2 * 4 + 3 * 2)  # two criteria: evaluation, step, evaluation
+    server.answers = lambda body, n: completion(json.dumps({"1": n % 3 == 0, "2": n % 2 == 0}))
+    status, _, err, _ = command(RUN, *flags, "--judge-per", "response", "--name", "at-once")
+    assert status == 0 and len(server.requests) == 3 * (3 * 2 + 2 * 4 + 3 * 2), err
     server.answers = lambda body, n: (404, {}, '{"error": {"message": "gone"}}')
     status, _, err, _ = command(RUN, *flags, "--name", "failed")
     assert status == 1 and "100% of the verdicts could not be had" in err and "gone" in err
@@ -161,7 +164,9 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
         (["--model", tmp_path / "nosuch", "--tasks", "first_aid", "--held-out", "9"], "no such folder"),
         (["--tasks", broken], "broken.jsonl, line 7: unreadable JSON"),
         (["--steps", "0"], "--steps"), (["--lr", "fast"], "--lr"), (["--group-size", "1"], "at least 2"),
-        (["--judge-model", "m"], "--judge-model needs"), (["--judge", "self", "--judge-url", "http://h/v1"], "no server"),
+        (["--judge-model", "m"], "--judge-model needs"), (["--judge-rpm", "-1"], "--judge-rpm"),
+        (["--judge-per", "response"], "--judge-per response needs --judge-url"), (["--judge-per", "x"], "--judge-per"),
+        (["--judge", "self", "--judge-url", "http://h/v1"], "no server"),
         (["--batch-size", "3", "--mini-batch-size", "2"], "multiple"),
         (["--nosuch", "1"], "--nosuch"), (["--judge-url", ","], "http"),
         (["--model", ""], "--model"), (["--name", ""], "--name must not be empty"), (["--step", "3"], "--step"),

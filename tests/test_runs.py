@@ -1,9 +1,15 @@
-"""Files that a kill, or a hand, has damaged."""
+"""Files that a kill, or a hand, has damaged; two that want to write them."""
 
+import fcntl
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 
+from conftest import RUN, command, completion, start, write_tasks
 from plumbing import config, runs
 
 
@@ -57,3 +63,36 @@ def test_damaged_settings_are_told(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"settings.json: (must be a|unreadable) JSON"):
         runs.claim(tmp_path, {"samples": 2}, "samples.jsonl")
+
+
+def test_a_run_has_one_writer(server, flags, tmp_path):
+    write_tasks(tmp_path / "letters.jsonl", [{"criterion": "Is kind.", "points": 1}])
+    flags += ["--steps", "2", "--judge-url", server.url, "--name", "one"]
+    folder, go_on, good = tmp_path / "runs" / "one", threading.Event(), completion('{"criteria_met": true}')
+    server.answers = lambda body, n: good if n <= 16 else go_on.wait(600) and None  # it hangs in the second step
+    with open(os.devnull, "w") as nowhere:
+        first = start(RUN, *flags, stdout=nowhere.fileno(), stderr=nowhere.fileno())
+    while len(server.requests) < 17:
+        assert first.poll() is None
+        time.sleep(0.05)
+    before = (folder / "metrics.jsonl").read_bytes()
+    status, out, err, _ = command(RUN, "--runs", tmp_path / "runs", "--resume")
+    assert status == 2 and out == "" and len(err.splitlines()) == 1, err
+    assert "one: another process is at work on this run" in err and (folder / "metrics.jsonl").read_bytes() == before
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    go_on.set()
+    server.answers = lambda body, n: good
+    status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--resume")
+    assert status == 0 and len((folder / "metrics.jsonl").read_text().splitlines()) == 3, err
+
+
+def test_two_that_start_a_run_at_the_same_time(tmp_path):
+    run = runs.Run(config.Config(runs=str(tmp_path), name="new"), "digest")
+    (run.folder / "rollouts").mkdir(parents=True)
+    with open(run.folder / "lock", "a") as held:  # another has been quicker
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="new: another process is at work on this run"):
+            run.open()
+    run.open()
+    runs.Run(config.Config(runs=str(tmp_path), name="new", resume=True), "digest").open()  # the same process may go on

@@ -135,7 +135,7 @@ def test_huge_parameters_are_refused(rule, name, value):
 def test_hostile_answers_of_a_judge_are_verdicts_or_unknown(server, reply, verdict):
     server.answers = lambda body, n: reply
     client = ChatClient([server.url], "judge", retries=0, timeout=10)
-    future = ChatJudge(client).submit([{"role": "user", "content": "Hi?"}], "Hello.", Criterion("Is kind.", 1))
+    (future,) = ChatJudge(client).submit([{"role": "user", "content": "Hi?"}], "Hello.", [Criterion("Is kind.", 1)])
     assert future.result(timeout=20) is verdict and not list(Path().iterdir())
     assert verdict or (len(client.last_error) < 400 and client.last_error.isprintable())
 

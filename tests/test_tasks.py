@@ -153,16 +153,13 @@ def test_split_depends_on_ids_alone():
 
 
 class Answer:
-    content = (json.dumps(GOOD) + "\n").encode()
-
-    def raise_for_status(self):
-        pass
+    status_code, content = 200, (json.dumps(GOOD) + "\n").encode()
 
 
 def test_healthbench_is_cached_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("RUSCARL_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(requests, "get", lambda url, timeout: calls.append(url) or Answer())
+    monkeypatch.setattr(tasks, "fetch", lambda url, *bounds: calls.append(url) or Answer())
     digest = hashlib.sha256(Answer.content).hexdigest()
     for _ in range(2):
         path = tasks._download_healthbench(sha256=digest)
@@ -175,11 +172,11 @@ def test_healthbench_is_cached_and_checked(tmp_path, monkeypatch):
 def test_healthbench_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("RUSCARL_CACHE", str(tmp_path))
 
-    def refuse(url, timeout):
+    def refuse(*_):
         raise requests.ConnectionError
 
-    monkeypatch.setattr(requests, "get", refuse)
-    with pytest.raises(ConnectionError, match=r"--tasks FILE.jsonl"):
+    monkeypatch.setattr(tasks, "fetch", refuse)
+    with pytest.raises(ConnectionError, match=r"\(ConnectionError\); .*--tasks FILE.jsonl"):
         load_tasks("healthbench")
 
 

@@ -1,14 +1,17 @@
 """Two questions before a run: is the judge right (--judge-calibrate), and does the sampler follow the policy (--check-sync)?
 
 --judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
-the rules are the truth, and the judge is asked as in training. A rule finds advice by its phrases: where a response gives
-it in other words, the judge may be right and the rule wrong. A judge's agreement on another kind of criteria may differ.
+the rules are the truth, and the judge is asked as in training, both ways of --judge-per. A rule finds advice by its phrases:
+where a response gives it in other words, the judge may be right and the rule wrong. A judge's agreement on another kind of
+criteria may differ.
 """
 
 import json
 import time
 from collections import Counter, defaultdict
 from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
 
 import numpy
 import torch
@@ -67,32 +70,46 @@ def equal_verdicts(truth, verdicts, owners):
 
 
 def calibrate_judge(config):
-    """Ask the judge at --judge-url about every known case and print what came back; returns whether there was any verdict.
-
-    Verdicts that could not be had are counted apart. Raises ValueError for a server that cannot judge.
-    """
-    with closing(ChatJudge(config.server("judge").connect(config.judge_concurrency))) as judge:
-        cases, start = known_cases(), time.monotonic()
-        futures = [judge.submit(messages, text, criterion) for messages, text, criterion, _, _ in cases]
-        answers = [future.result() for future in tqdm(futures, "judging", leave=False, disable=None)]
-        seconds, error = time.monotonic() - start, judge.counts()[2]
-    judged = [(criterion, known, said, owner)
-              for (_, _, criterion, known, owner), said in zip(cases, answers) if said is not None]
-    print(f"{len(judged)} of {len(cases)} verdicts, {len(cases) / seconds:.1f} a second")
-    if len(judged) < len(cases):
-        print(f"unknown: {len(cases) - len(judged)}" + (f", the last because of {error}" if error else ""))
-    if judged:
-        print_agreement(judged)
-    return bool(judged)
+    """Ask the judge at --judge-url about every known case, one call a criterion and one a response; print how often it is
+    right. Returns whether --judge-per gave any verdict. Raises ValueError for a server that cannot judge."""
+    cases = known_cases()
+    judged, columns = zip(*(ask_about(cases, config, per) for per in ("criterion", "response")))
+    for name in columns[0]:
+        print(f"{name:18s}" + "".join(f"{column[name]:>26s}" for column in columns))
+    chosen = judged[config.judge_per == "response"]
+    if chosen:
+        truth = numpy.mean([known for _, known, _, _ in chosen])
+        print(f"always {'met' if truth > 0.5 else 'not met'} would agree in {max(truth, 1 - truth):.3f}")
+        print_mistakes(chosen, config.judge_per)
+    return bool(chosen)
 
 
-def print_agreement(judged):
-    """Print how often verdicts are right. judged: (criterion, truth, verdict, number of the response) of each."""
-    truth, verdicts = (numpy.array([row[i] for row in judged]) for i in (1, 2))
-    print(f"\n{'':14s}{'':>8s}  95% interval, over responses")
-    for name, (value, low, high) in equal_verdicts(truth, verdicts, [owner for *_, owner in judged]).items():
-        print(f"{name:14s}{value:>8.3f}  {low:.3f} to {high:.3f}")
-    print(f"always {'met' if truth.mean() > 0.5 else 'not met'} would agree in {max(truth.mean(), 1 - truth.mean()):.3f}")
+def ask_about(cases, config, per):
+    """(judged, column) of the judge asked by `per`. judged: (criterion, truth, verdict, number of the response) where there
+    is a verdict. column: {figure: its text}."""
+    with closing(ChatJudge(config.connect("judge"), per)) as judge:
+        start, futures = time.monotonic(), []
+        for _, rows in groupby(cases, key=itemgetter(4)):  # of one response
+            messages, texts, criteria, *_ = zip(*rows)
+            futures += judge.submit(messages[0], texts[0], criteria)
+        answers = [future.result() for future in tqdm(futures, f"one call a {per}", leave=False, disable=None)]
+        seconds, counts, error = time.monotonic() - start, judge.client.counts, judge.client.last_error
+    judged = [(criterion, known, said, owner) for (_, _, criterion, known, owner), said in zip(cases, answers)
+              if said is not None]
+    if error:
+        print(f"unknown: {len(cases) - len(judged)}, one call a {per}; the last because of {error}")
+    _, *columns = map(numpy.array, zip(*judged)) if judged else [()] * 4
+    shares = equal_verdicts(*columns) if judged else dict.fromkeys(("agreement", "balanced F1"), (numpy.nan,) * 3)
+    return judged, {
+        "one call a": per, "verdicts": f"{len(judged)} of {len(cases)}",
+        **{name: "{:.3f}  {:.3f} to {:.3f}".format(*numbers) for name, numbers in shares.items()},
+        "calls": f"{counts['calls']:,}", "seconds": f"{seconds:.1f}",
+        "tokens": f"{counts['prompt_tokens']:,} + {counts['completion_tokens']:,}"}
+
+
+def print_mistakes(judged, per):
+    """Print where the judge is wrong. judged: see `ask_about`."""
+    print(f"\nwith one call a {per}")
     for sign, points in (("positive", 1), ("negative", -1)):
         table = Counter((known, said) for criterion, known, said, _ in judged if criterion.points * points > 0)
         print(f"\ncriteria of {sign} points   judged met   judged not met")

@@ -60,11 +60,13 @@ def print_work(config, train, held_out, lengths, tokenizer):
         "response tokens": f"up to {config.max_new_tokens:,} each, {samples * config.max_new_tokens:,.0f} to train on",
         "judge calls": "none: all criteria have rules",
     }
-    unruled = [(task, c) for task in train for c in task.rubric if rule_from_tags(c.tags) is None]
-    if unruled:
-        asked = len(unruled) / len(train)  # criteria a response
+    unruled = [(task, [c for c in task.rubric if rule_from_tags(c.tags) is None]) for task in train]
+    at_once = config.judge_per == "response"
+    asks = [(task, ask) for task, some in unruled for ask in ([dict(enumerate(some, 1))] if some and at_once else some)]
+    if asks:
+        asked = len(asks) / len(train)  # calls a response
         calls = asked * (samples + evaluated)
-        read = mean(len(prompt_ids(tokenizer, judge_messages(task.messages, "", c))) for task, c in unruled[:200])
+        read = mean(len(prompt_ids(tokenizer, judge_messages(task.messages, "", ask))) for task, ask in asks[:200])
         lines["judge calls"] = f"{asked * config.batch_size * config.group_size:,.0f} a step, {calls:,.0f} in all"
         lines["judge tokens"] = (f"{read:.0f} and the response in each call: {calls * read:,.0f} and up to "
                                  f"{calls * config.max_new_tokens:,.0f} in all")
