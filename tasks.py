@@ -35,6 +35,7 @@ from plumbing.rules import rule_from_tags, shown
 from plumbing.runs import parse_json
 from plumbing.terminal import say
 
+# The names of a field, the first one HealthBench's; a record has one of them.
 PROMPT = ("prompt", "question", "conversation", "conversation.messages")
 IDENTITY = ("prompt_id", "id", "extra_info.prompt_id")
 RUBRICS = ("rubrics", "reward_model.rubrics", "rubric", "criteria", "rubric_items")
