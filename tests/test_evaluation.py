@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import random
 import re
 import shutil
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -14,12 +16,14 @@ import evaluation
 import refine
 from conftest import RUN, Server, command, completion, needs_vllm, read, refused, tiny_model, tiny_tokenizer, write_tasks
 from evaluation import Samples, response_statistics
+from judge import score as judged
 from tasks import Criterion, Task, digest
 from tools.measures import (
     agreement,
     best_of_n,
     cosine_distance,
     healthbench,
+    judge_figures,
     load_embedding,
     mean_over_tasks,
     novelty,
@@ -45,8 +49,9 @@ def letter_score(text):
 def test_healthbench_score_by_hand():
     found = healthbench(numpy.array([[-1.0, 0.5], [0.2, NAN], [NAN, NAN], [0.6, 2.0]]))
     assert found["runs"] == [0.0, 1.0]  # means -0.0667 and 1.25, each clipped
-    assert found["score"] == 0.5 and found["tasks"] == 3
-    assert found["mean"] == pytest.approx((-0.2 / 3 + 1.25) / 2)
+    assert found["score"] == found["mean"] == pytest.approx((-1 + 0.5 + 0.2 + 0.6 + 2) / 5) and found["tasks"] == 3
+    around = healthbench(numpy.array([[0.1, -0.1], [0.1, -0.1]]))
+    assert around["runs"] == [0.1, 0.0] and around["score"] == around["mean"] == 0  # the mean of clipped runs would be 0.05
     nothing = healthbench(numpy.full((3, 2), NAN))
     assert nothing["score"] is None and nothing["tasks"] == 0
 
@@ -64,7 +69,7 @@ def test_bootstrap_errors_against_theory_and_a_plain_loop():
     loop = []
     for _ in range(4000):
         picked = runs[rng.choice(4, size=4)]
-        loop.append(numpy.mean([min(1, max(0, picked[:, k].mean())) for k in range(3)]))
+        loop.append(min(1, max(0, picked.mean())))
     assert healthbench(runs)["score_se"] == pytest.approx(numpy.std(loop), rel=0.1)
 
 
@@ -91,6 +96,52 @@ def test_tag_scores_by_hand():
                           Criterion("c", 3, ("axis:z",))), ("theme:t",))
     assert tag_scores(task, [True, True, False]) == {"theme:t": 3 / 8, "axis:x": 3 / 5, "axis:z": 0.0}  # y: no positive
     assert tag_scores(task, [True, None, True]) == {"axis:z": 1.0}
+    both = replace(task, tags=("axis:x", "axis:y"))  # y of the task: no criterion of that name has a score
+    assert tag_scores(both, [True, True, False]) == {"axis:y": 3 / 8, "axis:x": 3 / 5, "axis:z": 0.0}
+
+
+def simple_evals(table, name):
+    """HealthBench's figure `name` (score or a tag) of a verdict table, by the formulas of openai/simple-evals' evaluation,
+    which has a repeat of an example as one more example. table: (task, verdicts) of every response of every run."""
+    values = []
+    for task, verdicts in table:
+        def score(items):
+            possible = math.fsum(c.points for c, _ in items if c.points > 0)
+            return math.fsum(c.points for c, met in items if met) / possible if possible else None
+
+        items = list(zip(task.rubric, verdicts))
+        metrics = {"score": score(items), **{tag: score(items) for tag in task.tags}}
+        for tag in {tag for c in task.rubric for tag in c.tags}:
+            if (value := score([item for item in items if tag in item[0].tags])) is not None:
+                metrics[tag] = value
+        values += [metrics[name]] if name in metrics else []
+    return (min(1.0, max(0.0, sum(values) / len(values))), len(values)) if values else None
+
+
+def test_scores_of_drawn_verdict_tables_equal_simple_evals():
+    rng, tags, clipped, kept = random.Random(0), [f"tag:{letter}" for letter in "abcde"], 0, 0
+    for number in range(200):
+        samples = (1, 3)[number % 2]
+        share = rng.choice((0.1, 0.4, 0.7))  # of positive points that are met: below 0, in between, near 1
+        tasks = [Task(str(i), [], tuple(
+            Criterion(str(j), -rng.randint(1, 10) if j and rng.random() < 0.4 else rng.randint(1, 10),
+                      tuple(rng.sample(tags, rng.randint(0, 2)))) for j in range(rng.randint(1, 8))),
+            tuple(rng.sample(tags, rng.randint(0, 2)))) for i in range(rng.randint(1, 6))]
+        verdicts = [[[rng.random() < (share if c.points > 0 else 0.6) for c in task.rubric] for _ in range(samples)]
+                    for task in tasks]
+        records = [[{"verdicts": {"j": given}, "rewards": {"j": judged(task.rubric, given)}} for given in of_task]
+                   for task, of_task in zip(tasks, verdicts)]
+        table = [(task, given) for task, of_task in zip(tasks, verdicts) for given in of_task]
+        found = judge_figures(tasks, records, "j")
+        wanted = {tag: value for tag in tags if (value := simple_evals(table, tag)) is not None}
+        assert found["score"] == pytest.approx(simple_evals(table, "score")[0], abs=1e-12)
+        assert {tag: of["score"] for tag, of in found["by_tag"].items()} == {
+            tag: pytest.approx(score, abs=1e-12) for tag, (score, _) in wanted.items()}
+        assert {tag: of["tasks"] * samples for tag, of in found["by_tag"].items()} == {t: n for t, (_, n) in wanted.items()}
+        clipped += found["score"] in (0, 1)
+        kept += any(all(c.points < 0 for c in task.rubric if tag in c.tags) and any(tag in c.tags for c in task.rubric)
+                    for task in tasks for tag in task.tags)
+    assert 20 < clipped < 180 and kept > 20  # of the 200: clipped scores, tags of tasks of which the criteria have no score
 
 
 def test_paired_difference():
@@ -202,7 +253,7 @@ def test_two_models_by_rules(model_folder, other_folder, tmp_path, capsys):
     for side, matrix in matrices.items():
         found = results["models"][side]["judges"]["rules"]
         assert found["runs"] == pytest.approx(matrix.mean(0).clip(0, 1))
-        assert found["score"] == pytest.approx(matrix.mean(0).clip(0, 1).mean())
+        assert found["score"] == pytest.approx(matrix.mean().clip(0, 1))
         assert found["best_of_n"][0]["mean"] == pytest.approx(found["mean"]) == pytest.approx(matrix.mean())
         assert found["best_of_n"][2]["mean"] == pytest.approx(matrix.max(1).mean())
         assert set(found["by_tag"]) == {"axis:good"}  # of axis:bad no criterion is positive
@@ -331,6 +382,11 @@ def test_another_judge_judges_the_kept_responses_again(model_folder, other_folde
         assert model["judges"]["rules and judge"]["mean"] == pytest.approx((2 + 2 * by_rule) / 5)
         assert model["judges"]["second"]["mean"] == pytest.approx(1 / 5) and found["correlation"] is None
     assert "judge: second" in text and "second and rules and judge, 95% intervals" in text and "balanced F1" in text
+    assert "correlation of scores" in text
+    for judge, found in results["comparison"].items():  # the difference between the models, by each judge
+        means = [results["models"][side]["judges"][judge]["mean"] for side in ("model", "base")]
+        assert found["mean"] == pytest.approx(means[0] - means[1])
+        assert f"model - base, {judge}: {found['mean']:+.3f}" in text
 
     assert "another --judge-extra for second" in refused_again(here, *arguments, *asking, "--judge-extra", '{"seed": 1}')
     second.close()

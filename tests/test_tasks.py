@@ -38,12 +38,66 @@ def test_parquet_in_the_official_format(tmp_path):
     first, second = load_tasks(tmp_path / "t.parquet")
     assert [c.points for c in first.rubric] == [5, -2.5] and first.messages == GOOD["prompt"]
     assert first.id != second.id  # without ids in the file, conversation and rubric are the name
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": [1]}), tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match=r"bad.parquet, row 1: reward_model"):
+    del other["reward_model"]["rubrics"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([other]), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad.parquet, row 1: rubrics: missing"):
         load_tasks(tmp_path / "bad.parquet")
     (tmp_path / "worse.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match=r"worse.parquet: unreadable parquet"):
         load_tasks(tmp_path / "worse.parquet")
+
+
+def test_published_formats_are_read(tmp_path):
+    """Records in the form of what was published, field by field; their texts are made up."""
+    def parquet(*rows):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+        return load_tasks(tmp_path / "t.parquet")
+
+    def criteria(task):
+        return [(c.text, c.points, *c.tags) for c in task.rubric]
+
+    # RubricHub, RuRL/*.parquet: tags are objects, and parquet gives each the parameters of all, None where there are none
+    rubric = [{"criterion": "Is kind.", "points": 5, "tags": {"function": "", "parameters": {}, "verifier": "llm"}},
+              {"criterion": "Is short.", "points": 3,
+               "tags": {"function": "max_words", "parameters": {"limit": 9}, "verifier": "rule"}},
+              {"criterion": "Says é.", "points": 2,
+               "tags": {"function": "mentions_any", "parameters": {"words": ["é"]}, "verifier": "rule"}}]
+    hub = {"prompt": GOOD["prompt"], "Rubrics": [{"criterion": c["criterion"], "points": c["points"]} for c in rubric],
+           "reward_model": {"ground_truth": "", "rubrics": rubric, "style": "rubric"}, "data_source": "Medical"}
+    [task] = parquet({**hub, "extra_info": {"prompt": hub["prompt"], "reward_model": hub["reward_model"]}})
+    assert task.messages == GOOD["prompt"]
+    assert criteria(task) == [("Is kind.", 5, "verifier:llm"),
+                              ("Is short.", 3, "function:max_words", 'parameters:{"limit": 9}', "verifier:rule"),
+                              ("Says é.", 2, "function:mentions_any", 'parameters:{"words": ["é"]}', "verifier:rule")]
+    assert [rule_from_tags(c.tags) is not None for c in task.rubric] == [False, True, True]
+
+    # RaR-Medicine and RaR-Science
+    [task] = parquet({"question": "Hello?", "reference_answer": "Hi.", "rubric_list": ["..."], "rubric_count": 2, "rubric": [
+        {"description": "Essential Criteria: Greets.", "title": "Greeting", "weight": 5},
+        {"description": "Pitfall Criteria: Does not greet.", "title": "Rudeness", "weight": -1}]})
+    assert task.messages == GOOD["prompt"]
+    assert criteria(task) == [("Essential Criteria: Greets.", 5), ("Pitfall Criteria: Does not greet.", -1)]
+
+    # Chasing the Tail: prompts, rubrics as published, rubrics as its code writes them
+    prompts = load_tasks(write(tmp_path / "t.json", [{"prompt": "Hello?"}, {"prompt": "Bye?"}]), need_rubrics=False)
+    assert [(t.messages[0]["content"], t.rubric) for t in prompts] == [("Hello?", ()), ("Bye?", ())]
+    weights = [{"criterion": "Greets.", "weight": 3}, {"criterion": "Is short.", "weight": 1}]
+    [task] = load_tasks(write(tmp_path / "t.jsonl", {"prompt": "Hello?", "rubrics": weights, "number_of_criteria": 2}))
+    [made] = load_tasks(write(tmp_path / "t.json", [{"id": "prompt_0", "prompt": "Hello?", "total_weight": 4, "criteria": [
+        {**c, "local_id": f"c{i}"} for i, c in enumerate(weights, 1)]}]))
+    assert criteria(task) == criteria(made) == [("Greets.", 3), ("Is short.", 1)] and made.id == "prompt_0"
+
+    # HealthBench Professional
+    [task] = load_tasks(write(tmp_path / "t.jsonl", {
+        "id": "9a", "conversation": {"messages": GOOD["prompt"]}, "physician_response": "Hello.", "use_case": "consult",
+        "rubric_items": [{"criterion_text": "Greets.", "points": 7}, {"criterion_text": "Is rude.", "points": -8}]}))
+    assert (task.id, task.messages, criteria(task)) == ("9a", GOOD["prompt"], [("Greets.", 7), ("Is rude.", -8)])
+
+
+def test_a_record_that_repeats_another_is_left_out_and_told(tmp_path, capsys):
+    path = write(tmp_path / "t.jsonl", GOOD, *[{"question": "Bye?", "rubrics": GOOD["rubrics"]}] * 3)
+    assert len(load_tasks(path)) == 2
+    assert "t.jsonl: 2 records are left out, because each repeats an earlier one" in capsys.readouterr().err
 
 
 def changed(**changes):
@@ -56,7 +110,7 @@ def criterion(**changes):
 
 @pytest.mark.parametrize(("record", "message"), [
     ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
-    (changed(prompt=[]), r"prompt: must be a list of at least one message, got \[\]"),
+    (changed(prompt=[]), r"prompt: must be a text or a list of at least one message, got \[\]"),
     (changed(prompt=None), "at least one message, but is missing"),
     ('{"prompt": [', "it ends too early; a record has to be on one"),
     ('{"prompt": x}', "unreadable JSON: Expecting value at column 12"),
@@ -69,7 +123,18 @@ def criterion(**changes):
     (criterion(points=0), r"rubrics\[0\].points: .* and not 0"), (criterion(points="5"), r"points: must be a number"),
     (criterion(points=True), "points: must be a number"), (criterion(points=float("nan")), "points: must be a number"),
     (criterion(points=float("inf")), "points: must be a number"), (criterion(criterion=""), r"rubrics\[0\].criterion"),
-    (criterion(tags="axis:y"), "tags: must be a list"), (changed(prompt="Hello?"), "must be a list"),
+    (criterion(tags="axis:y"), "tags: must be a list"), (changed(prompt={"text": "Hello?"}), "must be a text or a list"),
+    (changed(prompt=" "), "prompt: must be a non-empty string"), (changed(rubrics="Kind"), "rubrics: must be a list, got"),
+    (criterion(point=5, points=None), r"rubrics\[0\]: unknown field 'point' \(known: criterion, .*points"),
+    (criterion(tag=["axis:y"]), r"rubrics\[0\]: unknown field 'tag'"),
+    (criterion(weight=5), r"rubrics\[0\]: points and weight are names of one field"),
+    (criterion(weight="5", points=None), r"rubrics\[0\].weight: must be a number"),
+    (criterion(description=" ", criterion=None), r"rubrics\[0\].description: must be a non-empty"),
+    (changed(question="Hello?"), "prompt and question are names of one field"),
+    (changed(prompt=None, conversation={"messages": []}), "conversation.messages: must be a text or a list"),
+    (changed(rubrics=None, rubric_items=[{"criterion_text": "Is kind.", "points": 0}]), r"rubric_items\[0\].points: "),
+    (changed(prompt_id=None, id=7), "id: must be a non-empty string, got 7"),
+    (criterion(tags={"verifier": "rule", "function": "CommaChecker"}), r"rubrics\[0\].tags: unknown rule 'CommaChecker'"),
     (criterion(points=10**400), "up to a million"), (criterion(criterion="\udc00"), "surrogate"),
     ('{"prompt_id": "x", "prompt_id": "y"}', "'prompt_id' stands twice"),
     (criterion(tags=["function:min_words"]), r"rubrics\[0\].tags: a function: tag without verifier:rule"),
@@ -86,7 +151,13 @@ def test_defects_are_named_with_file_line_and_field(tmp_path, record, message):
 
 def test_other_defects(tmp_path):
     with pytest.raises(ValueError, match=r"line 2: prompt_id: 'a' was already used at .*line 1"):
-        load_tasks(write(tmp_path / "t.jsonl", GOOD, GOOD))
+        load_tasks(write(tmp_path / "t.jsonl", GOOD, criterion(points=6)))
+    with pytest.raises(ValueError, match=r"t.json: must be a JSON list of records, got {"):
+        load_tasks(write(tmp_path / "t.json", GOOD))
+    with pytest.raises(ValueError, match=r"t.json: unreadable JSON: Expecting value at line 2, column 1"):
+        load_tasks(write(tmp_path / "t.json", "[", "oops]"))
+    with pytest.raises(ValueError, match=r"t.json, record 2: rubrics\[0\].points"):
+        load_tasks(write(tmp_path / "t.json", [GOOD, criterion(points=None)]))
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert len(load_tasks(tmp_path / "bom.jsonl")) == 1  # as some editors save
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt_id": "\xe9"}')

@@ -22,11 +22,10 @@ from tools.checks import equal_verdicts
 RULE_TAGS = ("verifier:", "function:", "parameters:")  # say how a criterion is checked, not what it is about
 
 
-def known_means(scores, weights):
-    """Weighted mean of each column's known scores, NaN where none is known. scores: [rows, K]; weights: [..., rows]."""
-    known = ~numpy.isnan(scores)
+def known_means(scores):
+    """Mean of each column's known scores, NaN where none is known. scores: [rows, K]."""
     with numpy.errstate(invalid="ignore"):
-        return (weights @ numpy.where(known, scores, 0.0)) / (weights @ known)
+        return numpy.nansum(scores, axis=0) / (~numpy.isnan(scores)).sum(axis=0)
 
 
 @lru_cache(4)
@@ -47,27 +46,27 @@ def mean_over_tasks(values):
 
 
 def healthbench(scores):
-    """HealthBench's reported score: a run's mean over tasks, clipped to [0, 1]; the mean of all runs. scores: [tasks, K],
-    not clipped; column k is run k. Returns score and mean (not clipped), their errors score_se and mean_se, runs (their
-    scores), tasks (those with a known score); None where nothing is known."""
+    """HealthBench's reported score: the mean of all known scores, of all runs together, clipped to [0, 1]. scores:
+    [tasks, K], not clipped; column k is run k. Returns score and mean (not clipped), their errors score_se and mean_se, runs
+    (the score of each alone), tasks (those with a known score); None where nothing is known."""
     scores = scores[~numpy.isnan(scores).all(axis=1)]
     if not len(scores):
         return {"score": None, "score_se": None, "mean": None, "mean_se": None, "runs": [], "tasks": 0}
-    means, drawn = (known_means(scores, weights) for weights in (numpy.ones(len(scores)), resamples(len(scores))))
-    found = {"runs": [None if math.isnan(run) else float(run) for run in means.clip(0, 1)], "tasks": len(scores)}
-    for name, low, high in (("score", 0, 1), ("mean", -math.inf, math.inf)):
-        found[name] = float(numpy.nanmean(means.clip(low, high)))
-        found[f"{name}_se"] = float(numpy.nanmean(drawn.clip(low, high), axis=1).std())
-    return found
+    mean, weights = numpy.nanmean(scores), resamples(len(scores))  # a task is drawn with its K responses
+    drawn = (weights @ numpy.nansum(scores, axis=1)) / (weights @ (~numpy.isnan(scores)).sum(axis=1))
+    return {"score": float(mean.clip(0, 1)), "score_se": float(drawn.clip(0, 1).std()),
+            "mean": float(mean), "mean_se": float(drawn.std()), "tasks": len(scores),
+            "runs": [None if math.isnan(run) else float(run) for run in known_means(scores).clip(0, 1)]}
 
 
 def tag_scores(task, verdicts):
-    """{tag: score} of one response as in HealthBench: the whole score for a tag of the task, the score on the criteria that
-    have it for a tag of criteria. Tags that name a criterion's rule are left out."""
-    scores = {tag: score(task.rubric, verdicts) for tag in task.tags}
+    """{tag: score} of one response as in HealthBench: the score on the criteria that have the tag; where these have none, a
+    tag of the task has the whole score. Tags that name a criterion's rule are left out."""
+    scores = dict.fromkeys(task.tags, score(task.rubric, verdicts))
     for tag in {tag for criterion in task.rubric for tag in criterion.tags if not tag.startswith(RULE_TAGS)}:
         part = [(criterion, met) for criterion, met in zip(task.rubric, verdicts, strict=True) if tag in criterion.tags]
-        scores[tag] = score([criterion for criterion, _ in part], [met for _, met in part])
+        if (value := score(*zip(*part))) is not None:
+            scores[tag] = value
     return {tag: value for tag, value in scores.items() if value is not None}
 
 
@@ -86,8 +85,7 @@ def best_of_n(scores):
 
 def paired(scores, others):
     """`mean_over_tasks` of the difference of two models, each with its mean of a task's known scores. Two [tasks, K]."""
-    first, second = (known_means(each.T, numpy.ones(each.shape[1])) for each in (scores, others))  # [tasks]
-    return mean_over_tasks(first - second)
+    return mean_over_tasks(known_means(scores.T) - known_means(others.T))
 
 
 def novelty(log_ratios):
