@@ -9,7 +9,6 @@ The plan is results/first_run_plan.md. Each command goes on where it stopped.
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import re
@@ -30,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import ChatJudge, score
 from lab import ROOT
 from lab_report import plus_minus
-from output import earlier, write
+from output import write
 from plumbing.chat import Server
-from plumbing.runs import JsonLines
+from plumbing.runs import JsonLines, read_object
 from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}
@@ -56,7 +55,7 @@ def train(folder, *flags):
         again = ["--resume"] if (folder / "config.json").exists() else flags
         start("ruscarl.py", "--runs", folder.parent, "--name", folder.name, *again)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # 2 GB a run
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return JsonLines(folder / "metrics.jsonl").rows
 
 
 def grid(args):
@@ -82,19 +81,18 @@ def evaluate(model, output, *flags):
     """(samples, results) of an evaluation of `model`, 16 responses to each held-out question."""
     if not (output / "results.json").exists():
         start("evaluation.py", model, "--samples", 16, "--output", output, *flags)
-    lines = (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines], json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return JsonLines(output / "samples.jsonl").rows, read_object(output / "results.json")
 
 
-def met_rates(samples, rubrics):
-    """{criterion of positive points that several tasks have: share of the responses that meet it}."""
-    met, tasks = defaultdict(list), defaultdict(set)
+def met_rates(samples, tasks):
+    """{criterion of positive points that several tasks have: share of the responses that meet it}. tasks: by id."""
+    met, owners = defaultdict(list), defaultdict(set)
     for sample in samples:
-        for criterion, verdict in zip(rubrics[sample["task"]], sample["verdicts"]["rules"]):
-            if criterion["points"] > 0:
-                met[criterion["criterion"]].append(verdict)
-                tasks[criterion["criterion"]].add(sample["task"])
-    return {text: float(numpy.mean(found)) for text, found in sorted(met.items()) if len(tasks[text]) > 1}
+        for criterion, verdict in zip(tasks[sample["task"]].rubric, sample["verdicts"]["rules"]):
+            if criterion.points > 0:
+                met[criterion.text].append(verdict)
+                owners[criterion.text].add(sample["task"])
+    return {text: float(numpy.mean(found)) for text, found in sorted(met.items()) if len(owners[text]) > 1}
 
 
 def figures(samples, results, rates, before):
@@ -107,11 +105,11 @@ def figures(samples, results, rates, before):
             "distinct first sentences": len({re.split(r"[.!?\n]", text)[0] for text in texts}) / len(texts)}
 
 
-def pairs(before, after, questions, number=10):
-    """Markdown of the response with the median score, before and after, to the first questions."""
+def pairs(before, after, tasks, number=10):
+    """Markdown of the response with the median score, before and after, to the first questions. tasks: by id."""
     lines = []
     for task in sorted({sample["task"] for sample in after})[:number]:
-        lines += [f"**{questions[task]}**", ""]
+        lines += [f"**{tasks[task].messages[-1]['content']}**", ""]
         for name, samples in (("before", before), ("after", after)):
             own = sorted((s for s in samples if s["task"] == task), key=lambda s: (s["rewards"]["rules"], s["sample"]))
             median = own[(len(own) - 1) // 2]
@@ -123,20 +121,18 @@ def pairs(before, after, questions, number=10):
 def final(args):
     """Both arms with their best settings of the grid, args.seeds each: writes first_run.md."""
     best, grid_lines = grid(args)
-    records = [json.loads(line) for line in (ROOT / "rubrics" / "first_aid.jsonl").read_text().splitlines()]
-    rubrics = {record["prompt_id"]: record["rubrics"] for record in records}
-    questions = {record["prompt_id"]: record["prompt"][-1]["content"] for record in records}
+    tasks = {task.id: task for task in load_tasks("first_aid")}
     before, columns, rates, samples, curves = {}, defaultdict(list), defaultdict(list), {}, defaultdict(list)
     for arm in ARMS:  # before training, at this arm's temperature
-        temperature = best[arm][best[arm].index("--temperature") + 1]
+        temperature = temperature_in(best[arm])
         found, results = evaluate("smollm2", args.runs / f"before-{temperature}", "--held-out", 16,
                                   "--temperature", temperature)
-        before[arm] = found, met_rates(found, rubrics), figures(found, results, {}, {})
+        before[arm] = found, met_rates(found, tasks), figures(found, results, {}, {})
     for seed, arm in itertools.product(range(args.seeds), ARMS):
         folder = args.runs / run_name(arm, seed)
         curves[arm].append(train(folder, *ARMS[arm], *best[arm], "--seed", seed))
         found, results = evaluate(folder, folder / "evaluation")
-        rates[arm].append(met_rates(found, rubrics))
+        rates[arm].append(met_rates(found, tasks))
         columns[arm].append(figures(found, results, rates[arm][-1], before[arm][1]))
         samples.setdefault(arm, found)
     chosen = "; ".join(f"{arm} `{' '.join(best[arm])}`" for arm in ARMS)
@@ -155,7 +151,7 @@ def final(args):
     lines += ["", "![held-out score, reward and entropy over training](first_run.png)", *quality(args, best)]
     for arm in ARMS:
         lines += ["", f"## Before and after: {arm}, seed 0, the median response", "",
-                  *pairs(before[arm][0], samples[arm], questions)]
+                  *pairs(before[arm][0], samples[arm], tasks)]
     write(args.output / "first_run.md", lines)
     draw(curves, args.output / "first_run.png")
 
@@ -192,16 +188,14 @@ def judge(args):
     """Have the server at --judge-url answer QUALITY about responses of every final run and of the models before them; then
     write the report. The first responses are read to every held-out question: 2 from before training, one of each run."""
     tasks = {task.id: task for task in load_tasks("first_aid")}
-    path, rows = earlier(argparse.ArgumentParser(), args.runs, "quality.jsonl")
-    store = JsonLines(path)
-    done = {(row["model"], row["task"], row["sample"]) for row in rows}
+    store = JsonLines(args.runs / "quality.jsonl")
+    done = {(row["model"], row["task"], row["sample"]) for row in store.rows}
     with closing(ChatJudge(Server.checked("judge", args.judge_url).connect(32))) as asked:
         for folder in sorted([*args.runs.glob("before-*"), *args.runs.glob("final-*/evaluation")]):
             name = folder.parent.name if folder.name == "evaluation" else folder.name
             number = 1 if folder.name == "evaluation" else 2
-            samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
             waiting = [(sample, asked.submit(tasks[sample["task"]].messages, sample["text"], QUALITY))
-                       for sample in samples if sample["sample"] < number
+                       for sample in JsonLines(folder / "samples.jsonl").rows if sample["sample"] < number
                        and (name, sample["task"], sample["sample"]) not in done]
             for sample, verdicts in tqdm(waiting, name, disable=None):
                 store.append([{"model": name, "task": sample["task"], "sample": sample["sample"],
@@ -225,11 +219,16 @@ def quality(args, best):
     for i, label in enumerate([*(c.text for c in QUALITY), "score of the four"]):
         cells, values = [], []
         for arm in ARMS:
-            before = means[f"before-{best[arm][best[arm].index('--temperature') + 1]}"][i]
+            before = means[f"before-{temperature_in(best[arm])}"][i]
             values.append([means[run_name(arm, seed)][i] for seed in range(args.seeds)])
             cells.append(f"{before:.3f} | {plus_minus(values[-1])} | {plus_minus(numpy.subtract(values[-1], before))}")
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {plus_minus(numpy.subtract(*values))} |")
     return lines
+
+
+def temperature_in(flags):
+    """The value of --temperature in `flags`, a text."""
+    return flags[flags.index("--temperature") + 1]
 
 
 def run_name(arm, seed):
