@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing.config import cache_dir
-from plumbing.fetch import BadAnswer, fetch
+from plumbing.fetch import BadAnswer, fetch, why_failed
 from plumbing.rules import rule_from_tags, shown
 from plumbing.runs import parse_json
 from plumbing.terminal import say
@@ -120,9 +120,8 @@ def _download_healthbench(url=HEALTHBENCH_URL, sha256=HEALTHBENCH_SHA256, second
             if answer.status_code != 200:
                 raise BadAnswer(f"HTTP {answer.status_code}")
         except (OSError, BadAnswer) as error:
-            why = error if isinstance(error, BadAnswer) else type(error).__name__
-            raise ConnectionError(f"could not download HealthBench ({why}); offline, pass a copy of the file as --tasks "
-                                  f"FILE.jsonl, or put it at {path}") from None
+            raise ConnectionError(f"could not download HealthBench ({why_failed(error)}); offline, pass a copy of the file "
+                                  f"as --tasks FILE.jsonl, or put it at {path}") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
         part.write_bytes(answer.content)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import requests
 
-from plumbing.fetch import BadAnswer, fetch
+from plumbing.fetch import BadAnswer, fetch, why_failed
 from plumbing.rules import unique_keys
 from plumbing.runs import read_object
 from plumbing.terminal import one_line, say
@@ -137,8 +137,7 @@ class ChatClient:
             try:
                 answer = fetch(f"{url}/models", timeout, 10 * LARGEST, headers=self._headers())
             except (requests.ConnectionError, BadAnswer) as error:
-                why = error if isinstance(error, BadAnswer) else type(error).__name__
-                raise ConnectionError(f"no server answers at {url} ({why})") from None
+                raise ConnectionError(f"no server answers at {url} ({why_failed(error)})") from None
             if answer.status_code in (401, 403):
                 raise ValueError(f"{url} refuses the key in ${self.key_variable} (HTTP {answer.status_code})")
             if answer.status_code == 404 and self.model:

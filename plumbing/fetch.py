@@ -26,6 +26,11 @@ class BadAnswer(Exception):
     """An answer of no use: too late, too large, not HTTP. No OSError, which urllib3 would take for a lost connection."""
 
 
+def why_failed(error):
+    """What `fetch` raised, in a few words."""
+    return str(error) if isinstance(error, BadAnswer) else type(error).__name__
+
+
 def fetch(url, seconds, most, headers=None, body=None):
     """The answer to a GET, or to a POST of `body` as JSON: a requests.Response that is read.
 
