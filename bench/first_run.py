@@ -158,7 +158,7 @@ def final(args):
 
 
 def plain(args):
-    """Plain GRPO as README's `--decay none` runs it, with the preset's settings, args.seeds runs: writes first_run_plain.md."""
+    """Plain GRPO as `--decay none` with the preset's settings has it, args.seeds runs: writes first_run_plain.md."""
     tasks, columns, curves = {task.id: task for task in load_tasks("first_aid")}, [], {"plain GRPO": []}
     start_samples, results = evaluate("smollm2", args.runs / "before-0.7", "--held-out", 16, "--temperature", 0.7)
     before = met_rates(start_samples, tasks)
@@ -170,7 +170,7 @@ def plain(args):
         rates.append(met_rates(found, tasks))
         columns.append(figures(found, results, rates[-1], before))
     lines = ["# Plain GRPO with the preset's learning rate: SmolLM2-135M on first_aid", "", *about(args, results), "",
-             "| held-out questions, 16 responses each | before | plain GRPO, `--decay none` | by seed |", "|---|---|---|---|"]
+             "| held-out questions, 16 responses each | before | plain GRPO | by seed |", "|---|---|---|---|"]
     for label, first in figures(start_samples, results, before, {}).items():
         values = [run[label] for run in columns]
         lines.append(f"| {label} | {first:.3f} | {plus_minus(values)} | {', '.join(f'{value:.3g}' for value in values)} |")
