@@ -44,9 +44,9 @@ def run(tmp_path):
     run = runs.Run(config.Config(runs=str(tmp_path), name="r", held_out=2, eval_samples=2), "digest")
     (run.folder / "rollouts").mkdir(parents=True)
     rates = {LONG: 1.0, "Is rude.": 0.0}
-    rows = [{"step": step, "eval/score": score, "eval/score_se": 0.01, "eval/length": 9.0, "eval/recited": 0.0,
-             "eval/reached": 1, "eval/pass_rate": rates, "scaffold/recited_plain": 0.0, "response/truncated": 0.0, "clip_fraction": 0.0,
-             "reward/mean": score} for step, score in ((0, 0.1), (2, 0.4))]
+    shares = dict.fromkeys(("eval/recited", "scaffold/recited_plain", "response/truncated", "clip_fraction"), 0.0)
+    rows = [{"step": step, "eval/score": score, "eval/score_se": 0.01, "eval/length": 9.0, "eval/reached": 1,
+             "eval/pass_rate": rates, "reward/mean": score, **shares} for step, score in ((0, 0.1), (2, 0.4))]
     run.metrics.write_text(runs.as_lines(rows))
     for step, (score, text) in {0: (0.1, "First.\x1b[2J"), 2: (0.4, "Second. More.")}.items():
         samples = [sample(task, score + i / 10, text) for task in ("a", "b") for i in range(2)]
@@ -57,8 +57,8 @@ def run(tmp_path):
 def test_summary(run, capsys):
     terminal.summary(run, run.config)
     printed = capsys.readouterr().out
-    for text in ("score (at most 1)", "+0.400 +- 0.010", "distinct first sentences", "25%",
-                 "changed by +0.300 +- 0.000: more", "What about a?", "What about b?", "before, median (+0.10)", "after, median (+0.40)", "Second. More."):
+    for text in ("score (at most 1)", "+0.400 +- 0.010", "distinct first sentences", "25%", "What about a?", "What about b?",
+                 "changed by +0.300 +- 0.000: more", "before, median (+0.10)", "after, median (+0.40)", "Second. More."):
         assert text in printed
     assert "\x1b" not in printed
 
