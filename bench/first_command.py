@@ -48,7 +48,7 @@ def main():
     args = parser.parse_args()
     lines = ["# README's first command", "", f"`python bench/first_command.py {' '.join(sys.argv[1:])}`: `python ruscarl.py "
              f"--seed SEED --sampler {args.sampler}`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}, "
-             f"{str(cpu_dtype()).removeprefix('torch.')}), no GPU. +- is one standard error over the held-out questions.", "",
+             f"{str(cpu_dtype()).removeprefix('torch.')}), no GPU. +- is a standard error over the held-out questions.", "",
              "| seed | score before | after | recite after | criteria reached from nothing | minutes | peak, GB |",
              "|---|---|---|---|---|---|---|"]
     for seed in args.seeds:
