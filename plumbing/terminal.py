@@ -125,7 +125,8 @@ def summary(run, config):
         columns.append(f"{name} ({reward})\n\n{first['response']}")
     print(f"\n{printable(first['question'][:100])}\n")
     side_by_side(*columns)
-    print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
+    print(f"\n{run.health()}")
+    print(f"{run.folder}/: page.html, metrics.jsonl, rollouts/, curves.png, policy/")
 
 
 def side_by_side(left, right, width=58):
