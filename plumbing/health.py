@@ -12,7 +12,7 @@ COUNTS = ("verdicts", "known", "met", "groups", "separated", "plain", "plain_met
 
 
 def criterion_counts(groups):
-    """{(criterion, its points): numbers in the order of COUNTS}: verdicts, those known, met; groups with two known verdicts or
+    """{(criterion, points): numbers in the order of COUNTS}: verdicts, those known, met; groups with two known verdicts or
     more, those separated (both verdicts occur); known and met of the samples that were not shown the criterion."""
     found = {}
     for group in groups:
@@ -32,11 +32,10 @@ def add(total, counts):
 
 
 def criterion_health(counts):
-    """{(criterion, its points): {kind, met, plain_met, separates, unknown, verdicts}} of `criterion_counts`; a share of none is
-    None.
+    """{(criterion, points): {kind, met, plain_met, separates, unknown: shares, None of none; verdicts}}.
 
-    kind: "saturated" (met by more than 95%), "dead" (met by none), "never separates" (in each group all or none meet it),
-    "unknown" (no verdict could be had), else "".
+    counts: see `criterion_counts`. kind: "saturated" (met by more than 95%), "dead" (met by none), "never separates" (in each
+    group all or none meet it), "unknown" (no verdict could be had), else "".
     """
     found = {}
     for key, numbers in counts.items():
@@ -60,8 +59,8 @@ def health_line(health):
     penalties = sum(found["kind"] == "dead" and (points or 0) < 0 for (_, points), found in health.items())
     unknown = sum(found["unknown"] * found["verdicts"] for found in health.values()) / max(1, verdicts)
     return (f"{len(kinds)} criteria in training: {kinds.count('saturated')} saturated (met by more than {SATURATED:.0%}), "
-            f"{kinds.count('dead')} dead (met by none; {penalties} of them penalties), {kinds.count('never separates')} never separate a group; "
-            f"{unknown:.1%} of the verdicts unknown")
+            f"{kinds.count('dead')} dead (met by none; {penalties} of them penalties), "
+            f"{kinds.count('never separates')} never separate a group; {unknown:.1%} of the verdicts unknown")
 
 
 def standard_error(groups, name):

@@ -124,6 +124,21 @@ def as_lines(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def read_lines(path, kinds):
+    """The objects of a JSON-lines file that a process may be writing: a last line that is not whole yet is left out. kinds:
+    {field: its type}. Raises ValueError, with the line, for anything else."""
+    def check(row):
+        for name, kind in kinds.items():
+            if type(row[name]) is not kind:
+                raise ValueError(f"{name}: must be {kind.__name__}, got {str(row[name])[:40]!r}")
+        if wrong := [name for name, value in row.items() if type(value) is float and not math.isfinite(value)]:
+            raise ValueError(f"{wrong[0]}: must be finite")
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [read_object(f"{path}, line {number}", line, check) for number, line in enumerate(lines, 1)
+            if number < len(lines) or line.endswith(b"\n")]
+
+
 def read_groups(path):
     """The groups in a file of rollouts: lists of dicts, lazily: the first are there without reading the rest. Raises
     ValueError, with file and line, for a line that is no rollout."""
@@ -215,9 +230,9 @@ PANELS = {  # of curves.png: label: metrics
 class Run:
     """A run's folder. Only `open` makes it, so that a run that never starts leaves nothing behind.
 
-    tasks_digest: a hash of all tasks. after_evaluation: called by the leader with the folder. Raises FileExistsError for a name that is taken, PermissionError for a place that
-    cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed, or which
-    another process is at work on.
+    tasks_digest: a hash of all tasks. after_evaluation: called by the leader with the folder. Raises FileExistsError for a
+    name that is taken, PermissionError for a place that cannot be written, ValueError for a tracker that is not installed or
+    a resumed run whose tasks have changed, or which another process is at work on.
     """
 
     def __init__(self, config, tasks_digest, after_evaluation=lambda folder: None):

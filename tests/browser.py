@@ -11,8 +11,8 @@ from pathlib import Path
 import requests
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--window-size=1400,1000")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which WebDriver names an element
 
 
@@ -22,7 +22,8 @@ class Browser:
     def __init__(self):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
+        lines = (re.search(r"started successfully on port (\d+)", line) for line in self.driver.stdout)
+        port = next(filter(None, lines))[1]
         threading.Thread(target=self.driver.stdout.read, daemon=True).start()  # or its pipe might fill
         self.http, self.url = requests.Session(), f"http://127.0.0.1:{port}/session"
         self.http.trust_env = False  # no proxy
