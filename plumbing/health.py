@@ -34,8 +34,8 @@ def add(total, counts):
 def criterion_health(counts):
     """{(criterion, points): {kind, met, plain_met, separates, unknown: shares, None of none; verdicts}}.
 
-    counts: see `criterion_counts`. kind: "saturated" (met by more than 95%), "dead" (met by none), "never separates" (in each
-    group all or none meet it), "unknown" (no verdict could be had), else "".
+    counts: see `criterion_counts`. kind: "saturated" (met by more than 95%), "dead" (met by none), "never separates" (in
+    each group all or none meet it), "unknown" (no verdict could be had), else "".
     """
     found = {}
     for key, numbers in counts.items():

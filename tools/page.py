@@ -15,7 +15,6 @@ import base64
 import hashlib
 import itertools
 import json
-import math
 import re
 import zlib
 from pathlib import Path
@@ -170,7 +169,7 @@ def before_and_after(rows):
               "criteria reached from nothing": ("eval/reached", "{}")}
     lines = [["score", *(figure(row["eval/score"], row.get("eval/score_se")) for row in rows)],
              *([label, *(figure(row.get(name), form=form) for row in rows)] for label, (name, form) in shares.items())]
-    return table("Held-out questions", ["without scaffold", *(f"after {row['step']} steps" for row in rows)], lines)
+    return table("Held-out score", ["without scaffold", *(f"after {row['step']} steps" for row in rows)], lines)
 
 
 def health_table(health):
