@@ -46,6 +46,17 @@ class Browser:
         """What a function with this body returns in the page; a promise is waited for."""
         return self._send("post", "/execute/sync", {"script": text, "args": arguments})
 
+    def until(self, condition, *arguments, seconds=120):
+        """Wait until a JavaScript expression is true; returns its value. Raises TimeoutError."""
+        found = self.script(f"""return new Promise((done) => {{
+            const end = Date.now() + {seconds * 1000}, given = arguments;
+            const look = () => {{ const found = (function () {{ return {condition}; }}).apply(null, given);
+                if (found || Date.now() > end) done(found || null); else setTimeout(look, 20); }};
+            look(); }})""", *arguments)
+        if found is None:
+            raise TimeoutError(condition)
+        return found
+
     def find(self, selector):
         """The path of the first element that a CSS selector finds."""
         return f"/element/{self._send('post', '/element', {'using': 'css selector', 'value': selector})[ELEMENT]}"
