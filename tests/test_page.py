@@ -260,7 +260,7 @@ RESULTS = {}  # of make_evaluation, which are always the same
 
 
 def make_evaluation(folder):
-    """An evaluation of two models by two judges, three samples to each of four questions; results as evaluation.py has them."""
+    """An evaluation of two models by two judges, three samples to each of four questions, with its results."""
     write_tasks(folder / "letters.jsonl", LETTERS)
     tasks, output, judges = load_tasks(str(folder / "letters.jsonl"))[:4], folder / "evaluation", ["rules", "other judge"]
     output.mkdir()
@@ -347,7 +347,7 @@ def status(browser, section):
 def cards(browser, section, marked=False):
     """The texts of the responses that a section shows; of those that a filter has found."""
     return browser.script("return [...document.querySelectorAll('#rollouts section')[arguments[0]].querySelectorAll("
-                          "arguments[1] + ' pre')].map((one) => one.textContent)", section, "article.match" if marked else "article")
+                          "arguments[1])].map((one) => one.textContent)", section, f"article{'.match' if marked else ''} pre")
 
 
 @needs_browser
@@ -443,8 +443,8 @@ def test_keyboard_names_and_contrast(browser, tmp_path):
     for scheme in ("light", "dark"):
         browser.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         colors = browser.script("""const style = getComputedStyle(document.documentElement);
-            return Object.fromEntries(['back', 'panel', 'text', 'faint', 'good', 'bad', 'match', 'focus', 'c0', 'c1', 'c2', 'c3']
-                .map((name) => [name, style.getPropertyValue('--' + name).trim()]))""")
+            return Object.fromEntries(arguments[0].map((name) => [name, style.getPropertyValue('--' + name).trim()]))""",
+            ["back", "panel", "text", "faint", "good", "bad", "match", "focus", "c0", "c1", "c2", "c3"])
         pairs = [("text", ("back", "panel", "good", "bad", "match"), 4.5), ("faint", ("back", "panel", "match"), 4.5),
                  *((line, ("back", "panel"), 3.0) for line in ("focus", "c0", "c1", "c2", "c3"))]
         for text, backs, least in pairs:
