@@ -38,6 +38,7 @@ from sampler import SamplingParams, address_seed
 from scaffold import choose_criteria, scaffold_messages, scaffold_ratios
 from tasks import Task
 from tools.checks import calibrate_judge, check_sync
+from tools.page import write_page
 from tools.plan import print_plan
 
 
@@ -276,7 +277,7 @@ def main(action, config):
     if action != "train":
         answer = print_plan if action == "plan" else calibrate_judge
         return 0 if not ranks.leader() or answer(config) else 1  # of many ranks, one answer is enough
-    parts = set_up(config)
+    parts = set_up(config, write_page)
     try:
         if config.check_sync:
             check_sync(config, parts["policy"], parts["sampler"], parts["held_out"], parts["tokenizer"])

@@ -94,7 +94,7 @@ class Config:
     dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
     gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)
-    tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb"))
+    tracker: str = setting("none", "also send the metrics to this package", ("none", "tensorboard", "wandb", "trackio"))
     resume: bool = setting(False, "continue the run --name (default: the newest) from its last checkpoint, settings kept")
 
     def server(self, name):

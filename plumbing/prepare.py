@@ -152,8 +152,9 @@ def make_sampler(config, policy, tokenizer, **limits):
     return TransformersSampler(policy, stops, dtype, device=device)
 
 
-def set_up(config):
+def set_up(config, after_evaluation):
     """The arguments of `train` after config, as a dict. What can be checked without the model is checked first.
+    after_evaluation: see Run.
 
     Under torchrun this makes the process one of its ranks. Raises ValueError or OSError, in one line, for a mistake of the
     user's.
@@ -165,7 +166,7 @@ def set_up(config):
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
     client = config.connect("judge", ranks.size())
-    run = Run(config, digest(tasks))
+    run = Run(config, digest(tasks), after_evaluation)
     vllm, dtype = choose_sampler(config, device)[0], computing_dtype(config, device)
     if len(set(ranks.gather((vllm, dtype)))) > 1:
         raise ValueError("machines differ in whether vllm runs, or in their precision: give --sampler and --dtype")

@@ -7,6 +7,7 @@
                 checkpoints/        step_00010/: see checkpoints.py; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
                 curves.png          the metrics, drawn
+                page.html           the run to look at: see tools/page.py
                 lock                held by the process that writes here
 
 The leader writes; on other ranks everything that writes does nothing.
@@ -19,9 +20,12 @@ import json
 import math
 import os
 import time
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-from plumbing import ranks, terminal
+from plumbing import health, ranks, terminal
 from plumbing.rules import unique_keys
 
 _locks = {}  # {folder: its lock, open}: held until this process ends, however it ends
@@ -120,6 +124,68 @@ def as_lines(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
+def read_lines(path, kinds):
+    """The objects of a JSON-lines file that a process may be writing: a last line that is not whole yet is left out. kinds:
+    {field: its type}. Raises ValueError, with the line, for anything else."""
+    def check(row):
+        for name, kind in kinds.items():
+            if type(row[name]) is not kind:
+                raise ValueError(f"{name}: must be {kind.__name__}, got {str(row[name])[:40]!r}")
+        if wrong := [name for name, value in row.items() if type(value) is float and not math.isfinite(value)]:
+            raise ValueError(f"{wrong[0]}: must be finite")
+
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [read_object(f"{path}, line {number}", line, check) for number, line in enumerate(lines, 1)
+            if number < len(lines) or line.endswith(b"\n")]
+
+
+def read_groups(path):
+    """The groups in a file of rollouts: lists of dicts, lazily: the first are there without reading the rest. Raises
+    ValueError, with file and line, for a line that is no rollout."""
+    with open(path, "rb") as file:
+        rollouts = (read_object(f"{path}, line {number}", line, _check_rollout) for number, line in enumerate(file, 1))
+        for _, group in groupby(rollouts, itemgetter("group")):
+            yield list(group)
+
+
+def _check_rollout(rollout):
+    for name, kind in (("task", str), ("group", int), ("response", str), ("criteria", list)):
+        if type(rollout[name]) is not kind:
+            raise ValueError(f"{name}: must be {kind.__name__}")
+    for name in ("reward", "advantage"):
+        value = rollout.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise ValueError(f"{name}: must be a number or null")
+    for criterion in rollout["criteria"]:
+        if type(criterion["criterion"]) is not str or not any(criterion["met"] is met for met in (True, False, None)):
+            raise ValueError("criteria: each needs a criterion and whether it is met (true, false or null)")
+
+
+def tally(path):
+    """What is counted over all rollouts in a file: {groups, rollouts, counts: health.criterion_counts, reward, plain,
+    recited: standard errors}. It is kept in memory: a run asks for it after every evaluation."""
+    status = path.stat()
+    return _tally(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(None)
+def _tally(path, size, changed):
+    groups = list(read_groups(path))
+    plain = [[r for r in group if not any(c.get("shown") for c in r["criteria"])] for group in groups]
+    return {"groups": len(groups), "rollouts": sum(map(len, groups)), "counts": health.criterion_counts(groups),
+            "reward": health.standard_error(groups, "reward"), "plain": health.standard_error(plain, "reward"),
+            "recited": health.standard_error(plain, "recited")}
+
+
+def training_health(folder, steps):
+    """health.criterion_health over the rollouts that the run in `folder` has kept of the training `steps`."""
+    total = {}
+    for step in steps:
+        if (path := folder / "rollouts" / f"step_{step:05d}.jsonl").exists():
+            health.add(total, tally(path)["counts"])
+    return health.criterion_health(total)
+
+
 def claim(folder, settings, kept):
     """Add `settings` to settings.json in `folder`, made if need be: the file there named `kept` was made with these. Raises
     ValueError where settings.json says something else or is missing."""
@@ -164,12 +230,13 @@ PANELS = {  # of curves.png: label: metrics
 class Run:
     """A run's folder. Only `open` makes it, so that a run that never starts leaves nothing behind.
 
-    tasks_digest: a hash of all tasks. Raises FileExistsError for a name that is taken, PermissionError for a place that
-    cannot be written, ValueError for a tracker that is not installed or a resumed run whose tasks have changed, or which
-    another process is at work on.
+    tasks_digest: a hash of all tasks. after_evaluation: called by the leader with the folder. Raises FileExistsError for a
+    name that is taken, PermissionError for a place that cannot be written, ValueError for a tracker that is not installed or
+    a resumed run whose tasks have changed, or which another process is at work on.
     """
 
-    def __init__(self, config, tasks_digest):
+    def __init__(self, config, tasks_digest, after_evaluation=lambda folder: None):
+        self._after_evaluation = after_evaluation
         self.config, self.tasks_digest, self.folder = config, tasks_digest, Path(config.runs) / config.name
         self.metrics, self.digest = self.folder / "metrics.jsonl", self.folder / "tasks.sha256"
         self.steps_done, self._saved, self._skipped, self._warned = 0, None, 0, False
@@ -237,6 +304,8 @@ class Run:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(as_lines([row]))
         self._track({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+        if "eval/score" in row:
+            self._after_evaluation(self.folder)
 
     def _warn_of_reciting(self, share):
         if share and share > 0.1 and not self._warned:
@@ -268,7 +337,11 @@ class Run:
                     "criteria": [{"criterion": c.text, "points": c.points, "shown": any(c is s for s in r.shown), "met": met}
                                  for c, met in zip(r.task.rubric, r.verdicts)]} for r in rollouts]
         if ranks.leader():
-            (self.folder / "rollouts" / f"{name}.jsonl").write_text(as_lines(records), encoding="utf-8")
+            write_whole(self.folder / "rollouts" / f"{name}.jsonl", as_lines(records))
+
+    def health(self):
+        """Criterion health of the training so far, in one line."""
+        return health.health_line(training_health(self.folder, [row["step"] for row in self.rows()]))
 
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
@@ -321,6 +394,11 @@ class Run:
 
 def _tracker(name, folder, config):
     """A function (numbers, step) that sends them to `name`."""
+    if name == "trackio":
+        import trackio
+
+        return trackio.init(project="ruscarl", name=config.name, config=dataclasses.asdict(config),
+                            resume="allow" if config.resume else "never").log
     if name == "wandb":
         import wandb
 
