@@ -160,9 +160,8 @@ def final(args):
 def plain(args):
     """Plain GRPO as `--decay none` with the preset's settings has it, args.seeds runs: writes first_run_plain.md."""
     tasks, columns, curves = {task.id: task for task in load_tasks("first_aid")}, [], {"plain GRPO": []}
-    start_samples, results = evaluate("smollm2", args.runs / "before-0.7", "--held-out", 16, "--temperature", 0.7)
-    before = met_rates(start_samples, tasks)
-    rates = []
+    start_samples, start_results = evaluate("smollm2", args.runs / "before-0.7", "--held-out", 16, "--temperature", 0.7)
+    before, rates = met_rates(start_samples, tasks), []
     for seed in range(args.seeds):
         folder = args.runs / f"preset-plain_GRPO-{seed}"
         curves["plain GRPO"].append(train(folder, "--decay", "none", "--seed", seed))
@@ -171,7 +170,7 @@ def plain(args):
         columns.append(figures(found, results, rates[-1], before))
     lines = ["# Plain GRPO with the preset's learning rate: SmolLM2-135M on first_aid", "", *about(args, results), "",
              "| held-out questions, 16 responses each | before | plain GRPO | by seed |", "|---|---|---|---|"]
-    for label, first in figures(start_samples, results, before, {}).items():
+    for label, first in figures(start_samples, start_results, before, {}).items():
         values = [run[label] for run in columns]
         lines.append(f"| {label} | {first:.3f} | {plus_minus(values)} | {', '.join(f'{value:.3g}' for value in values)} |")
     lines += ["", "| share of responses that meet | before | by seed |", "|---|---|---|"]
