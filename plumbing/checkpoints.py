@@ -27,9 +27,12 @@ logging.getLogger().addFilter(lambda record: "metadata is not found" not in str(
 
 
 def training_state(model, optimizer, steps_done=0):
-    """{name: tensor} of all that a step changes: parameters, AdamW's moments (zeros before its first step), steps done."""
+    """{name: tensor} of all that a step changes: trained parameters, AdamW's moments (zeros before its first step), steps
+    done."""
     state = {"steps_done": torch.tensor(steps_done)}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         weights, of_adam = parameter.detach(), optimizer.state[parameter]
         if not of_adam:
             of_adam.update(step=torch.zeros((), device=parameter.device),  # where a fused AdamW wants it

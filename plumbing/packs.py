@@ -193,17 +193,20 @@ class TargetLogprobs(torch.autograd.Function):
         """Gradients of hidden states, weights and bias; the entropy has none."""
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         temperature, chunk, dtype = ctx.settings
-        weights, grad_hidden, grad_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        room = None if dtype == weight.dtype else torch.empty_like(weights)
+        weights, grad_hidden = weight.to(dtype), torch.empty_like(hidden)
+        grad_weight, grad_bias = (torch.zeros_like(x) if needed else None
+                                  for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))  # none is of a frozen one
+        room = None if dtype == weight.dtype or grad_weight is None else torch.empty_like(weights)
         for rows, inputs, logits, products in chunks_of_logits(hidden, weights, bias, temperature, chunk):
             scale = grad[rows, None] / temperature
             grads = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
             grads.scatter_add_(-1, targets[rows, None], scale)
-            if bias is not None:
+            if grad_bias is not None:
                 grad_bias += grads.sum(0)
             grads = products.copy_(grads)
             grad_hidden[rows] = (grads @ weights).to(hidden.dtype)
+            if grad_weight is None:
+                continue
             if room is None:
                 grad_weight.addmm_(grads.T, inputs)
             else:

@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from plumbing import ranks
+from plumbing import lora, ranks
 from plumbing.config import absent, cache_dir
+from plumbing.runs import new_folder
 from plumbing.terminal import one_line, say
 
 hub_logging.set_verbosity_error()  # it would report each of its retries
@@ -147,31 +145,23 @@ def _download_wheel(folder):
 
 
 def save_policy(model, tokenizer, folder):
-    """Write an ordinary transformers folder, beside its place, and rename it. All ranks take part, the leader writes;
-    the leader raises OSError where it cannot."""
+    """Write an ordinary transformers folder. All ranks take part, the leader writes; the leader raises OSError where it
+    cannot."""
     whole = {name: weight.cpu() for name, weight in named_weights(model, tied_twice=False) if ranks.leader()}
     if not ranks.leader():
         return
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with new_folder(folder) as part:
         model.save_pretrained(part, state_dict=whole)
         tokenizer.save_pretrained(part)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot save {folder}: {one_line(str(error))}") from None
-    shutil.rmtree(folder, ignore_errors=True)  # that of a run which is continued after its end
-    part.rename(folder)
 
 
 def named_weights(model, tied_twice=True):
     """(name, whole tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names.
-    Every rank of a sharded model has to go through all of them."""
+    Adapters of LoRA are merged into the weights. Every rank of a sharded model has to go through all of them."""
+    adapted = lora.adapted(model)
     for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
-        parameter = parameter.detach()
-        if isinstance(parameter, DTensor):  # also an offloaded one is gathered by the GPUs
-            parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
-        yield name, parameter
+        if not name.endswith(lora.ADAPTERS):
+            yield name, adapted[name].merged() if name in adapted else ranks.whole(parameter)
 
 
 def shard(model, device, dtype, offload):
@@ -192,7 +182,10 @@ def shard(model, device, dtype, offload):
 
 def call(model, function, *args):
     """function(model, *args), under autocast to the model's attribute compute_dtype, if it has one. Of a model that `shard`
-    has divided, the embedding and the output layer are gathered around the call."""
+    has divided, the embedding and the output layer are gathered around the call. model: also lora.AdaptersOff."""
+    if isinstance(model, lora.AdaptersOff):
+        with model.model() as policy:
+            return call(policy, function, *args)
     dtype = getattr(model, "compute_dtype", None)
     with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
         if isinstance(model, fsdp.FSDPModule):

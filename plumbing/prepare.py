@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from judge import ChatJudge, Judge, SelfJudge
-from plumbing import memory, ranks
+from plumbing import lora, memory, ranks
 from plumbing.policy import (
     checkpoint_gradients,
     cpu_dtype,
@@ -178,16 +178,21 @@ def set_up(config):
     limits = {"max_model_len": context if itself else config.max_prompt_tokens + config.max_new_tokens,
               "gpu_memory": gpu_memory, **({} if itself else {"max_num_seqs": memory.samples_at_once(config)})}
     keep_freed_memory()
-    policy, tokenizer = load_policy(config.model)
+    policy, tokenizer = load_policy(config.model, dtype if config.lora else torch.float32)
+    if config.lora:
+        lora.linear_layers(policy, config.lora)  # a mistake is told before an engine starts
     ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
     sampler = make_sampler(config, policy, tokenizer, **limits)
     sampler.sleep()  # until the sync: sharding a policy takes room on a GPU
-    reference = None
-    if config.kl > 0:
+    if config.lora:  # after the sampler, which copies the plain model
+        lora.add_adapters(policy, config.lora, config.seed)
+    reference = lora.AdaptersOff(policy) if config.lora and config.kl > 0 else None
+    if config.kl > 0 and not config.lora:
         reference = load_policy(config.model, dtype=dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)
         compute_on(reference, device, dtype, offload=False)
     compute_on(policy, device, dtype, offload)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     if config.resume:
         run.load_checkpoint(policy, optimizer)
     if config.gradient_checkpointing:
@@ -211,7 +216,7 @@ def gpu_layout(config, model_config, device, vllm, dtype, lengths):
 
 def compute_on(model, device, dtype, offload):
     """Have `model` compute in `dtype` on `device`. On a GPU, and on several ranks, FSDP2 holds it; on a CPU autocast rounds
-    its float32 weights."""
-    model.compute_dtype = dtype if device == "cpu" and dtype != torch.float32 else None
+    float32 weights."""
+    model.compute_dtype = dtype if device == "cpu" and dtype != model.dtype else None
     if device == "cuda" or ranks.size() > 1:
-        shard(model, device, dtype if device == "cuda" else torch.float32, offload)
+        shard(model, device, dtype if device == "cuda" else model.dtype, offload)

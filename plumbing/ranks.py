@@ -160,6 +160,16 @@ def gather(item):
     return items
 
 
+def whole(parameter):
+    """The tensor of a parameter, detached; of one that FSDP2 has divided, put together. Then a collective, like `gather`."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = parameter.detach()
+    if isinstance(tensor, DTensor):  # also an offloaded one is gathered by the GPUs
+        tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor
+
+
 def meet(word=0):
     """Wait until all ranks are here; [each rank's `word`], an int. Polls, so that a signal is heard meanwhile.
 
