@@ -85,11 +85,11 @@ def linear_layers(model, rank):
 
 def add_adapters(model, rank, seed):
     """Freeze `model` and give its `linear_layers` adapters, in place. Says what is trained and what is left out."""
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    layers, everything = linear_layers(model, rank), sum(parameter.numel() for parameter in model.parameters())
     experts = sum(p.numel() for p in model.base_model.layers.parameters() if p.ndim > 2)
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for name, layer in linear_layers(model, rank).items():
+    for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, rank, generator))
     adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say(f"lora: {adapters:,} parameters in adapters of rank {rank}; the model's {everything:,} are frozen")

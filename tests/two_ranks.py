@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import grpo
 from fork_server import signal_when
-from plumbing import checkpoints, ranks
+from plumbing import checkpoints, lora, ranks
 from plumbing.policy import named_weights, shard
 from test_grpo import make_samples, nudged, tiny_model
 
@@ -55,6 +55,38 @@ def write_gradients(folder):
 
 
 CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", torch.bfloat16)}
+
+
+def adapter_gradients(dtype):
+    """{name: tensor} of the statistics of two steps of plain gradient descent on adapters of rank 3 (which two ranks cannot
+    divide evenly) over weights in `dtype`, the gradients of the first, and the merged weights after the second."""
+    model = tiny_model(1).to(dtype)
+    lora.add_adapters(model, 3, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for layer in lora.adapted(model).values():
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if ranks.size() > 1:
+        shard(model, "cpu", dtype, offload=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    params, found = grpo.LossParams(kl_coef=0.1), {}
+    for step in (1, 2):
+        stats = grpo.update(model, optimizer, [make_samples(step)], params, reference=lora.AdaptersOff(model),
+                            token_budget=60, max_grad_norm=1e9)
+        found |= {f"{step}.{name}": torch.tensor(value) for name, value in stats.items()}
+        if step == 1:
+            found |= {name: (before[name] - ranks.whole(p)) / 0.1 for name, p in model.named_parameters()
+                      if name.endswith(lora.ADAPTERS)}
+    return found | {f"merged.{name}": weight.clone() for name, weight in named_weights(model, tied_twice=False)}
+
+
+def write_adapter_gradients(folder):
+    """Write what `adapter_gradients` finds in both precisions."""
+    ranks.join("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        found = adapter_gradients(dtype)
+        if ranks.leader():
+            save_file(found, Path(folder) / f"{dtype}.safetensors")
 
 
 def wait_for_a_judge(folder):
