@@ -75,11 +75,11 @@ def load_tasks(source, limit=None, need_rubrics=True):
     path = _download_healthbench() if source == "healthbench" else BUNDLED / f"{source}.jsonl"
     if not path.is_file():
         path = Path(source)
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in READERS and not path.is_dir():
             bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
             raise ValueError(f"unknown tasks {str(source)!r}: give {bundled}, healthbench, or a {', '.join(READERS)} file")
         if not path.is_file():
-            raise FileNotFoundError(f"{'not a file' if path.exists() else 'no such task file'}: {source}")
+            raise FileNotFoundError(f"{'a folder, not a task file' if path.is_dir() else 'no such task file'}: {source}")
     tasks, places, repeated = {}, {}, 0
     for place, record in itertools.islice(READERS[path.suffix.lower()](path), limit):
         task = _parse_task(record, place, need_rubrics)
@@ -90,7 +90,7 @@ def load_tasks(source, limit=None, need_rubrics=True):
     if not tasks:
         raise ValueError(f"{path}: no tasks in it")
     if repeated:  # one of the two could be trained on and the other held out
-        say(f"{path}: {repeated} records are left out, because each repeats an earlier one in everything")
+        say(f"{path}: left out: {repeated} of {repeated + len(tasks)} records, which repeat an earlier one in everything")
     return list(tasks.values())
 
 
@@ -99,6 +99,8 @@ def split_tasks(tasks, held_out):
 
     Raises ValueError when nothing would be left to train on.
     """
+    if len(tasks) < 2:
+        raise ValueError("one task alone cannot be held out and trained on: give at least two")
     if held_out >= len(tasks):
         raise ValueError(f"cannot hold out {held_out} of {len(tasks)} tasks and train on the rest: lower --held-out "
                          "(the paper's settings, which --model brings, hold out 500; --preset laptop 16)")
@@ -187,7 +189,9 @@ def _parse_task(record, place, need_rubrics):
     messages = _parse_messages(messages, f"{place}: {name}")
     name, rubrics = _field(record, RUBRICS, place)
     if not isinstance(rubrics, list | None) or (need_rubrics and not rubrics):
-        raise ValueError(f"{place}: {name}: " + (f"must be a list{got(rubrics)}" if rubrics else "missing or empty"))
+        there = ", ".join(shown(key) for key in list(record)[:8])
+        raise ValueError(f"{place}: {name}: " + (f"must be a list{got(rubrics)}" if rubrics else
+                                                 f"missing or empty (the record has {there})"))
     rubric = tuple(_parse_criterion(c, f"{place}: {name}[{i}]") for i, c in enumerate(rubrics or []))
     if rubric and not any(criterion.points > 0 for criterion in rubric):
         raise ValueError(f"{place}: {name}: no criterion has positive points, so no score is defined")

@@ -3,6 +3,7 @@
     python bench/first_run.py grid                           every setting of GRID once, for both arms: about 40 minutes
     python bench/first_run.py final --output results         both arms with their best settings, --seeds each
     python bench/first_run.py judge --judge-url URL          the quality of the responses, by another judge
+    python bench/first_run.py plain --output results         plain GRPO with the preset's learning rate, --seeds runs
 
 The plan is results/first_run_plan.md. Each command goes on where it stopped.
 """
@@ -156,6 +157,29 @@ def final(args):
     draw(curves, args.output / "first_run.png")
 
 
+def plain(args):
+    """Plain GRPO as `--decay none` with the preset's settings has it, args.seeds runs: writes first_run_plain.md."""
+    tasks, columns, curves = {task.id: task for task in load_tasks("first_aid")}, [], {"plain GRPO": []}
+    start_samples, results = evaluate("smollm2", args.runs / "before-0.7", "--held-out", 16, "--temperature", 0.7)
+    before = met_rates(start_samples, tasks)
+    rates = []
+    for seed in range(args.seeds):
+        folder = args.runs / f"preset-plain_GRPO-{seed}"
+        curves["plain GRPO"].append(train(folder, "--decay", "none", "--seed", seed))
+        found, results = evaluate(folder, folder / "evaluation")
+        rates.append(met_rates(found, tasks))
+        columns.append(figures(found, results, rates[-1], before))
+    lines = ["# Plain GRPO with the preset's learning rate: SmolLM2-135M on first_aid", "", *about(args, results), "",
+             "| held-out questions, 16 responses each | before | plain GRPO | by seed |", "|---|---|---|---|"]
+    for label, first in figures(start_samples, results, before, {}).items():
+        values = [run[label] for run in columns]
+        lines.append(f"| {label} | {first:.3f} | {plus_minus(values)} | {', '.join(f'{value:.3g}' for value in values)} |")
+    lines += ["", "| share of responses that meet | before | by seed |", "|---|---|---|"]
+    lines += [f"| {text} | {rate:.0%} | {', '.join(f'{run[text]:.0%}' for run in rates)} |" for text, rate in before.items()]
+    write(args.output / "first_run_plain.md", [*lines, "", "![held-out score, reward and entropy](first_run_plain.png)"])
+    draw(curves, args.output / "first_run_plain.png")
+
+
 def draw(curves, path):
     """Held-out score, reward of the samples without scaffold, and entropy over training; a line a run."""
     figure = Figure((12, 3.6), layout="constrained")
@@ -176,12 +200,15 @@ def draw(curves, path):
 
 def header(args, results):
     """The first lines of the report."""
+    return ["# A first result: SmolLM2-135M on first_aid", "", *about(args, results), "", "## The grid, one seed", ""]
+
+
+def about(args, results):
+    """The line that says how the figures came about."""
     settings = results["settings"]
-    return ["# A first result: SmolLM2-135M on first_aid", "",
-            f"`python bench/first_run.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
+    return [f"`python bench/first_run.py {' '.join(sys.argv[1:])}`, {date.today()}, {os.cpu_count()} cores "
             f"({platform.machine()}), no GPU; sampler: {settings['sampler']} in {settings['dtype']}. {args.seeds} runs an "
-            "arm; +- is the half width of a 95% t interval over them. [The plan](first_run_plan.md) was written first.", "",
-            "## The grid, one seed", ""]
+            "arm; +- is the half width of a 95% t interval over them. [The plan](first_run_plan.md) was written first."]
 
 
 def judge(args):
@@ -237,9 +264,9 @@ def run_name(arm, seed):
 
 
 def main():
-    """Do one of the three parts."""
+    """Do one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("grid", "final", "judge"))
+    parser.add_argument("part", choices=("grid", "final", "judge", "plain"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, nargs="+", default=[24], help="lengths of a run that are in the grid")
     parser.add_argument("--runs", type=Path, default=Path("runs/first_run"), help="folder of the runs")
@@ -250,7 +277,7 @@ def main():
         parser.error("judge needs --judge-url")
     args.runs = args.runs.absolute()
     args.runs.mkdir(parents=True, exist_ok=True)
-    {"grid": grid, "final": final, "judge": judge}[args.part](args)
+    {"grid": grid, "final": final, "judge": judge, "plain": plain}[args.part](args)
 
 
 if __name__ == "__main__":

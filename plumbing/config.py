@@ -32,7 +32,7 @@ class Config:
     """The settings of ruscarl.py. Defaults are the laptop preset; PAPER below replaces some where --model is given."""
 
     model: str = setting("smollm2", "hub id, folder, .gguf file, or smollm2 (135M parameters, from PyPI)")
-    tasks: str = setting("first_aid", "questions with rubrics: first_aid, healthbench, or a .jsonl or .parquet file")
+    tasks: str = setting("first_aid", "questions with rubrics: first_aid, healthbench, or a .jsonl, .json or .parquet file")
     preset: str = setting("auto", "the other defaults; auto: paper with --model, else laptop", ("auto", "laptop", "paper"))
     name: str = setting("", "name of the run (default: model and time)")
     runs: str = setting("runs", "folder in which the run's folder is made")
@@ -400,7 +400,9 @@ def check_models(config):
 def absent(source):
     """Why a model's `source` is not there, or None: a hub id that looks like neither file nor run is taken for good."""
     if not source or Path(source).exists():
-        return None
+        empty = source and Path(source).is_dir() and not any(Path(source, name).is_file() for name in
+                                                             ("config.json", "tasks.sha256"))
+        return "no model in this folder: it has no config.json" if empty else None
     if source.endswith(".gguf") or source.startswith(("/", ".", "~")):  # no hub id is written like that
         return f"no such {'file' if source.endswith('.gguf') else 'folder'}"
     return "no such run" if any(Path(source).parent.glob("*/tasks.sha256")) else None

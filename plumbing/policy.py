@@ -92,7 +92,8 @@ def _read(source, kind, **options):
     try:
         return kind.from_pretrained(str(path), **options, trust_remote_code=False)
     except Exception as error:  # a file that is not a model can raise anything in the libraries that read it
-        raise ValueError(f"cannot load model {source}: {why_refused(error)}") from None
+        where = "" if path.exists() else "it is no folder here, and from the hub: "
+        raise ValueError(f"cannot load model {source}: {where}{why_refused(error)}") from None
 
 
 def why_refused(error):

@@ -176,8 +176,8 @@ def lock(folder):
 PANELS = {  # of curves.png: label: metrics
     "score": ("reward/mean", "reward/unscaffolded"), "share of the rubric shown": ("scaffold/ratio",),
     "nats a token": ("entropy", "kl"), "response length, tokens": ("response/length",),
-    "share": ("scaffold/recited_plain", "response/truncated", "reward/zero_variance_groups", "clip_fraction",
-              "judge/unknown"),
+    "share": ("eval/recited", "scaffold/recited_plain", "response/truncated", "reward/zero_variance_groups",
+              "clip_fraction", "judge/unknown"),
     "seconds a step": ("time/sample", "time/judge", "time/update")}
 
 
@@ -319,19 +319,23 @@ class Run:
         """curves.png from metrics.jsonl."""
         from matplotlib.figure import Figure
 
-        rows, figure = self.rows(), Figure((13, 7), layout="constrained")
+        rows, figure = self.rows(), Figure((13, 8), layout="constrained")
         figure.suptitle(self.folder.name)
         axes = figure.subplots(2, 3).flat
         if evals := [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]:
             axes[0].errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2, zorder=3,
                              label="eval/score (held out, no scaffold), 1 s.e.")
         for axis, (label, names) in zip(axes, PANELS.items()):
-            for name, style in zip(names, ("-", "--", ":", "-.", (0, (1, 3)))):
-                if points := [(row["step"], row[name]) for row in rows if name in row]:
+            drawn = {name: points for name in names if (points := [(row["step"], row[name]) for row in rows if name in row])}
+            zeros = [name for name, points in drawn.items() if len(names) > 2 and not any(value for _, value in points)]
+            for (name, points), style in zip(drawn.items(), ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1)))):
+                if name not in zeros:
                     axis.plot(*zip(*points), linestyle=style, label=name, linewidth=1.4)
+            if zeros:  # lines that would hide each other
+                axis.plot([], [], " ", label="0 throughout: " + ",\n".join(zeros))
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.3)
-            axis.legend(*axis.get_legend_handles_labels(), fontsize=8)
+            axis.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         figure.savefig(self.folder / "curves.png", dpi=110)
 
 

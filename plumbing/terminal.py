@@ -7,6 +7,7 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from itertools import zip_longest
+from statistics import fmean, stdev
 
 from tqdm import tqdm
 
@@ -103,29 +104,72 @@ def step_line(row, rollouts, show_sample):
 
 
 def summary(run, config):
-    """Before and after: score with its error, pass rates, and the same held-out question answered twice."""
+    """Before and after: score, its change, pass rates, and two held-out questions answered twice."""
     rows = [row for row in run.rows() if "eval/score" in row]
-    before, after = rows[0], rows[-1]
-    print(f"\nresponses to held-out questions, without scaffold ({config.held_out} tasks, {config.eval_samples} to each)\n")
+    ends = rows[0], rows[-1]
+    samples = [held_out_samples(run, row["step"]) for row in ends]
+    print(f"\nThe {config.held_out} held-out questions, asked without scaffold, {config.eval_samples} responses to each\n")
     table = [("", "before", "after"),
-             ("score", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (before, after))),
-             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in (before, after))),
-             ("criteria reached from nothing", "", f"{after['eval/reached']}"),
-             ("responses that recite the rubric", *(f"{row['eval/recited']:.0%}" for row in (before, after))),
-             ("responses that meet", "", ""),
-             *(("  " + one_line(text)[:38], f"{rate:.0%}", f"{after['eval/pass_rate'][text]:.0%}")
-               for text, rate in sorted(before["eval/pass_rate"].items()) if text in after["eval/pass_rate"])]
+             ("score (at most 1)", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in ends)),
+             ("length, tokens", *(f"{row['eval/length']:.0f}" for row in ends)),
+             ("distinct first sentences", *(f"{distinct_first_sentences(some):.0%}" for some in samples)),
+             ("responses that recite the rubric", *(f"{row['eval/recited']:.0%}" for row in ends)),
+             ("criteria reached from nothing", "", f"{ends[1]['eval/reached']}"),
+             *rates_table(*(row["eval/pass_rate"] for row in ends), samples[0])]
     for label, *cells in table:
-        print(f"{label:42s}{cells[0]:>16s}{cells[1]:>16s}")
-    columns = []
-    for name, row in (("before", before), ("after", after)):
-        with open(run.folder / "rollouts" / f"eval_{row['step']:05d}.jsonl", encoding="utf-8") as file:
-            first = json.loads(file.readline())
-        reward = "not judged" if first["reward"] is None else f"reward {first['reward']:+.2f}"
-        columns.append(f"{name} ({reward})\n\n{first['response']}")
-    print(f"\n{printable(first['question'][:100])}\n")
-    side_by_side(*columns)
+        print(f"{label:50s}{cells[0]:>16s}{cells[1]:>16s}")
+    print(f"\n{change(*samples)}")
+    for task in list(dict.fromkeys(sample["task"] for sample in samples[0]))[:2]:
+        medians = [median_response([sample for sample in some if sample["task"] == task]) for some in samples]
+        print(f"\n{printable(medians[0]['question'][:200])}\n")
+        side_by_side(*(f"{name} ({'not judged' if one['reward'] is None else format(one['reward'], '+.2f')})\n\n"
+                       f"{one['response']}" for name, one in zip(("before, median", "after, median"), medians)))
     print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
+
+
+def held_out_samples(run, step):
+    """The records of the evaluation before `step`, in the order of tasks."""
+    with open(run.folder / "rollouts" / f"eval_{step:05d}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def distinct_first_sentences(samples):
+    """Number of distinct first sentences over the number of responses."""
+    return len({re.split(r"[.!?\n]", sample["response"])[0] for sample in samples}) / len(samples)
+
+
+def rates_table(before, after, samples):
+    """Rows of what is wanted and what is not: criterion and points, and the share of responses that meet it at both ends."""
+    points = {c["criterion"]: c["points"] for sample in samples for c in sample["criteria"]}
+    rows = []
+    for title, sign in (("responses that meet what is wanted (points)", 1), ("responses that do what is unwanted", -1)):
+        shared = [text for text in sorted(before) if text in after and sign * points[text] > 0]
+        found = [(f"  {textwrap.shorten(one_line(text), 40, placeholder='...')} ({points[text]:+g})",
+                  f"{before[text]:.0%}", f"{after[text]:.0%}") for text in shared]
+        rows += [(title, "", ""), *found] if found else []
+    return rows
+
+
+def change(before, after):
+    """A line on the change of the score from samples `before` to `after`, and whether it is more than chance."""
+    means = []
+    for some in (before, after):
+        tasks = {task: [s["reward"] for s in some if s["task"] == task and s["reward"] is not None]
+                 for task in dict.fromkeys(s["task"] for s in some)}
+        means.append({task: sum(rewards) / len(rewards) for task, rewards in tasks.items() if rewards})
+    changes = [means[1][task] - mean for task, mean in means[0].items() if task in means[1]]
+    if len(changes) < 2:
+        return "Too few questions have a score before and after to tell a change from chance."
+    error = stdev(changes) / len(changes) ** 0.5
+    verdict = "more" if abs(fmean(changes)) > 2 * error else "not more"
+    return (f"The score changed by {fmean(changes):+.3f} +- {error:.3f}: {verdict} than two standard errors. Each +- is one "
+            "standard error over\nthe questions; how far from here another --seed would end, it does not say.")
+
+
+def median_response(samples):
+    """The sample with the median reward of those that have one, the lower one of two."""
+    judged = sorted((s for s in samples if s["reward"] is not None), key=lambda s: s["reward"])
+    return judged[(len(judged) - 1) // 2] if judged else samples[0]
 
 
 def side_by_side(left, right, width=58):

@@ -97,7 +97,7 @@ def test_published_formats_are_read(tmp_path):
 def test_a_record_that_repeats_another_is_left_out_and_told(tmp_path, capsys):
     path = write(tmp_path / "t.jsonl", GOOD, *[{"question": "Bye?", "rubrics": GOOD["rubrics"]}] * 3)
     assert len(load_tasks(path)) == 2
-    assert "t.jsonl: 2 records are left out, because each repeats an earlier one" in capsys.readouterr().err
+    assert "t.jsonl: left out: 2 of 4 records, which repeat an earlier one" in capsys.readouterr().err
 
 
 def changed(**changes):
@@ -118,7 +118,7 @@ def criterion(**changes):
     (changed(prompt=[{"role": "doctor", "content": "Hi"}]), r"prompt\[0\].role"),
     (changed(prompt=[{"role": "user", "content": " "}]), r"prompt\[0\].content"),
     (changed(prompt=[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]), "must come first"),
-    (changed(rubrics=[]), "rubrics: missing or empty"),
+    (changed(rubrics=[]), "rubrics: missing or empty"), ({"prompt": "Hi", "rubics": []}, r"\(the record has .*rubics"),
     (changed(rubrics=[GOOD["rubrics"][1]]), "no criterion has positive points"),
     (criterion(points=0), r"rubrics\[0\].points: .* and not 0"), (criterion(points="5"), r"points: must be a number"),
     (criterion(points=True), "points: must be a number"), (criterion(points=float("nan")), "points: must be a number"),
