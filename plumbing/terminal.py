@@ -124,7 +124,7 @@ def summary(run, config):
         print(f"\n{printable(medians[0]['question'][:200])}\n")
         side_by_side(*(f"{name} ({'not judged' if one['reward'] is None else format(one['reward'], '+.2f')})\n\n"
                        f"{one['response']}" for name, one in zip(("before, median", "after, median"), medians)))
-    print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/")
+    print(f"\n{run.folder}/: metrics.jsonl, rollouts/, curves.png, policy/{', adapter/' if config.lora else ''}")
 
 
 def held_out_samples(run, step):
