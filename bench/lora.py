@@ -78,8 +78,8 @@ def report(rows, before, rates):
     labels = list(rows[full][0])
     lines = ["# LoRA against training all weights", "",
              f"`python bench/lora.py {' '.join(sys.argv[1:])}`, {date.today()}, {machine()}, no GPU. SmolLM2-135M on "
-             f"first_aid, the laptop preset; learning rates {rates[0]:g} and {rates[1]:g}. Score: mean of 16 responses to each "
-             f"held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} recited.", "",
+             f"first_aid, the laptop preset; learning rates {rates[0]:g} and {rates[1]:g}. Score: mean of 16 responses to "
+             f"each held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} recited.", "",
              "| seed | trained | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
     for seed in range(len(rows[full])):
         lines += [f"| {seed} | {arm} | " + " | ".join(f"{found[seed][label]:.3f}" for label in labels) + " |"
