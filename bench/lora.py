@@ -43,9 +43,9 @@ def megabytes(folder):
     return sum(path.stat().st_size for path in folder.glob("*")) / 1e6
 
 
-def score(model, output, *flags):
-    """{label: number} of the responses of `model` to the held-out questions, 16 to each."""
-    found = evaluate(model, output, *flags)[1]["models"]["model"]
+def score(model, output, samples, *flags):
+    """{label: number} of the responses of `model` to the held-out questions, so many to each."""
+    found = evaluate(model, output, "--samples", samples, *flags)[1]["models"]["model"]
     return {"score": found["judges"]["rules"]["best_of_n"][0]["mean"], "recited": found["recited"]}  # best of 1: the mean
 
 
@@ -54,6 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, for an interval")
+    parser.add_argument("--samples", type=int, default=16, help="responses to each held-out question")
     parser.add_argument("--runs", type=Path, default=Path("runs/lora"), help="folder of the runs")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for lora.md")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="of both runs, last: all that follow")
@@ -62,24 +63,25 @@ def main():
         parser.error("--seeds must be at least 2")
     args.runs = args.runs.absolute()
     arms, rows = {"all weights": [], f"LoRA, rank {args.rank}": ["--lora", args.rank]}, defaultdict(list)
-    before = score("smollm2", args.runs / "before", "--held-out", 16)
+    before = score("smollm2", args.runs / "before", args.samples, "--held-out", 16)
     for seed, (arm, flags) in itertools.product(range(args.seeds), arms.items()):
         folder = args.runs / f"{'lora' if flags else 'full'}-{seed}"
         took = trained(folder, *flags, "--seed", seed, *args.flags)
-        rows[arm].append(score(folder, folder / "evaluation") | took)
-    print("\n".join(lines := report(rows, before, [read_object(args.runs / f"{name}-0" / "config.json")["lr"]
-                                                   for name in ("full", "lora")])))
+        rows[arm].append(score(folder, folder / "evaluation", args.samples) | took)
+    rates = [read_object(args.runs / f"{name}-0" / "config.json")["lr"] for name in ("full", "lora")]
+    print("\n".join(lines := report(args, rows, before, rates)))
     write(args.output / "lora.md", lines)
 
 
-def report(rows, before, rates):
+def report(args, rows, before, rates):
     """Lines of Markdown. rows: {arm: [{label: number} of each seed]}; before: of the model; rates: learning rates."""
     (full, _), (lora, _) = arms = list(rows.items())
     labels = list(rows[full][0])
     lines = ["# LoRA against training all weights", "",
              f"`python bench/lora.py {' '.join(sys.argv[1:])}`, {date.today()}, {machine()}, no GPU. SmolLM2-135M on "
-             f"first_aid, the laptop preset; learning rates {rates[0]:g} and {rates[1]:g}. Score: mean of 16 responses to "
-             f"each held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} recited.", "",
+             f"first_aid, the laptop preset; learning rates {rates[0]:g} and {rates[1]:g}. Score: mean of {args.samples} "
+             f"responses to each held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} "
+             "recited.", "",
              "| seed | trained | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
     for seed in range(len(rows[full])):
         lines += [f"| {seed} | {arm} | " + " | ".join(f"{found[seed][label]:.3f}" for label in labels) + " |"

@@ -29,9 +29,9 @@ class LoRALinear(Linear):
 
     def __init__(self, layer, rank, generator):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias, device = layer.weight, layer.bias, layer.weight.device
-        self.lora_A = Parameter(torch.empty(rank, layer.in_features, device=device, dtype=torch.float32))
-        self.lora_B = Parameter(torch.zeros(layer.out_features, rank, device=device, dtype=torch.float32))
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A = Parameter(torch.empty(rank, layer.in_features, dtype=torch.float32))
+        self.lora_B = Parameter(torch.zeros(layer.out_features, rank, dtype=torch.float32))
         torch.nn.init.kaiming_uniform_(self.lora_A, a=5**0.5, generator=generator)
         self.scale, self.on = ALPHA / rank, True
 
