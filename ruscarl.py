@@ -29,7 +29,7 @@ import torch
 
 import grpo
 from judge import score
-from plumbing import lora, ranks, terminal
+from plumbing import ranks, terminal
 from plumbing.policy import named_weights, prompt_ids, save_policy
 from plumbing.prepare import set_up
 from plumbing.rules import recites
@@ -306,8 +306,7 @@ def train_and_save(config, parts):
         run.save_checkpoint(policy, parts["optimizer"])
         stopped(error, config)
         return error.status if isinstance(error, ranks.Interrupted) else 1
-    save_policy(policy, parts["tokenizer"], run.folder / "policy")
-    lora.save_adapters(policy, run.folder / "adapter")
+    save_policy(policy, parts["tokenizer"], run.folder / "policy", parts["optimizer"])
     if ranks.leader():
         run.draw_curves()
         terminal.summary(run, config)

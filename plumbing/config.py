@@ -91,8 +91,8 @@ class Config:
     token_budget: int = setting(2048, "tokens that pass through the model at a time; fewer take less memory", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     device: str = setting("auto", "where models compute; auto: cuda where there is a GPU", ("auto", "cpu", "cuda"))
-    offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer state of a policy on a "
-                           "GPU; auto: where they would not fit", ("auto", "yes", "no"))
+    offload: str = setting("auto", "whether the host holds master weights and optimizer state of a policy on one GPU; auto: "
+                           "where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
     gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)

@@ -44,10 +44,10 @@ class LoRALinear(Linear):
         return output
 
     @torch.no_grad()
-    def merged(self):
-        """The whole weight with its adapter, added up in float32, in the weight's dtype. All ranks have to call this."""
+    def merged(self, dtype=None):
+        """The whole weight with its adapter, added up in float32, in `dtype` or the weight's. All ranks must call this."""
         weight, a, b = map(ranks.whole, (self.weight, self.lora_A, self.lora_B))
-        return torch.addmm(weight.float(), b, a, alpha=self.scale).to(weight.dtype)
+        return torch.addmm(weight.float(), b, a, alpha=self.scale).to(dtype or weight.dtype)
 
 
 class AdaptersOff:
