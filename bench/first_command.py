@@ -23,16 +23,16 @@ from plumbing.policy import cpu_dtype
 from plumbing.runs import JsonLines, write_whole
 
 
-def measure(folder, seed, sampler):
+def measure(folder, *flags):
     """{minutes, gigabytes} of a run in `folder`, which is made unless it is there: its time and its peak memory."""
     kept = folder / "measured.json"
     if not kept.exists():
         began = time.monotonic()
-        run = subprocess.Popen([sys.executable, "ruscarl.py", "--seed", str(seed), "--sampler", sampler, "--runs",
-                                folder.parent, "--name", folder.name], cwd=ROOT)
+        run = subprocess.Popen([sys.executable, "ruscarl.py", *map(str, flags), "--runs", folder.parent, "--name",
+                                folder.name], cwd=ROOT)
         _, status, usage = os.wait4(run.pid, 0)
         if status:
-            raise SystemExit(f"seed {seed}: ended with status {os.waitstatus_to_exitcode(status)}")
+            raise SystemExit(f"{folder.name}: ended with status {os.waitstatus_to_exitcode(status)}")
         found = {"minutes": (time.monotonic() - began) / 60, "gigabytes": usage.ru_maxrss * 1024 / 1e9}
         write_whole(kept, json.dumps(found) + "\n")
     return json.loads(kept.read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def main():
              "|---|---|---|---|---|---|---|"]
     for seed in args.seeds:
         folder = args.runs.absolute() / f"seed-{seed}"
-        found = measure(folder, seed, args.sampler)
+        found = measure(folder, "--seed", seed, "--sampler", args.sampler)
         ends = [row for row in JsonLines(folder / "metrics.jsonl").rows if "eval/score" in row]
         scores = " | ".join(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in (ends[0], ends[-1]))
         lines.append(f"| {seed} | {scores} | {ends[-1]['eval/recited']:.1%} | {ends[-1]['eval/reached']} | "

@@ -6,6 +6,7 @@
                 rollouts/           step_00000.jsonl: every sample with scaffold, verdicts, reward, advantage
                 checkpoints/        step_00010/: see checkpoints.py; the newest --keep-checkpoints
                 policy/             the trained model, an ordinary transformers folder
+                adapter/            with --lora: what was trained, as PEFT loads it; it is in policy/ as well
                 curves.png          the metrics, drawn
                 page.html           the run to look at: see tools/page.py
                 lock                held by the process that writes here
@@ -13,17 +14,21 @@
 The leader writes; on other ranks everything that writes does nothing.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from plumbing import health, ranks, terminal
 from plumbing.rules import unique_keys
@@ -84,6 +89,21 @@ def write_whole(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Write in the folder that this yields, which takes the place of `folder` at the end. Raises OSError, in one line."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        yield part
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot save {folder}: {terminal.one_line(str(error))}") from None
+    shutil.rmtree(folder, ignore_errors=True)  # that of a run which is continued after its end
+    part.rename(folder)
 
 
 class JsonLines:

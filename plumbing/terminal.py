@@ -125,7 +125,7 @@ def summary(run, config):
         side_by_side(*(f"{name} ({'not judged' if one['reward'] is None else format(one['reward'], '+.2f')})\n\n"
                        f"{one['response']}" for name, one in zip(("before, median", "after, median"), medians)))
     print(f"\n{run.health()}")
-    print(f"{run.folder}/: page.html, metrics.jsonl, rollouts/, curves.png, policy/")
+    print(f"{run.folder}/: page.html, metrics.jsonl, rollouts/, curves.png, policy/{', adapter/' if config.lora else ''}")
 
 
 def held_out_samples(run, step):

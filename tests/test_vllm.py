@@ -1,5 +1,7 @@
 """The real vLLM engine in this process: the proof of sync, and everything that the other sampler is tested for."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -7,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import grpo
 import sampler as vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
+from plumbing import lora
 from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler, filtered_logprobs
 from sampler import CPU_BLOCK, SamplingParams, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
@@ -128,6 +131,17 @@ def test_sync_is_proven_by_log_probabilities(pair):
     sampler.sync(named_weights(model))
     assert gaps(sampler, model).max() < 1e-4
     assert [r.token_ids for r in sample(sampler)] != before
+
+
+def test_adapters_come_merged(pair):
+    model, sampler = pair
+    adapted = copy.deepcopy(model)
+    lora.add_adapters(adapted, 4, seed=0)
+    for layer in lora.adapted(adapted).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    sampler.sync(named_weights(adapted))
+    assert gaps(sampler, adapted).max() < 1e-4 and gaps(sampler, lora.AdaptersOff(adapted)).mean() > 0.1
+    sampler.sync(named_weights(model))
 
 
 def test_seeds_decide_and_the_batch_does_not(pair):
