@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from plumbing import packs
-from sampler import cpu_cache_bytes, kv_bytes_per_token
+from plumbing.vllm_setup import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
 # Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
@@ -87,8 +87,9 @@ def update_parts(config, model_config, gpu, dtype, question):
         width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
         total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
     # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
-    # and under autocast once more in halves, with the layer itself.
-    logits = (3 * packs.CHUNK + (1 if autocast is None else 2) * text.hidden_size) * text.vocab_size * 4
+    # and in half precision once more in halves, with the layer itself or the gradient's last form.
+    chunk, matrices = packs.CHUNK["cuda" if gpu else "cpu"], 1 if dtype == torch.float32 else 2
+    logits = (3 * chunk + matrices * text.hidden_size) * text.vocab_size * 4
     return [Part(f"activations of {pack:,} tokens", total, when="update"),
             Part("temporary buffers", layer + logits, when="update")]
 

@@ -137,10 +137,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 ATTENTION = "packed"  # the name of packed_attention as a model's attn_implementation
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-CHUNK = 256  # response tokens whose logits exist at a time
+CHUNK = {"cpu": 256, "cuda": 2048}  # response tokens whose logits exist at a time; each reads the output layer once
 
 
-def response_logprobs(model, pack, temperature=1.0, chunk=CHUNK):
+def response_logprobs(model, pack, temperature=1.0, chunk=None):
     """(log-probability of each response token, entropy of its distribution): float32 [response tokens] each.
 
     Conditions on the pack's question. Logits are divided by `temperature`: this is the distribution that was sampled from.
@@ -157,7 +157,7 @@ def _response_logprobs(model, pack, temperature, chunk):
     hidden = model.base_model(input_ids=pack.ids, position_ids=pack.positions, pack=pack, use_cache=False,
                               attention_mask=pack.ids.new_empty(1, 1, 0, 0)).last_hidden_state[0]  # [tokens, width]
     hidden = hidden[pack.logit_at]  # [response tokens, width]
-    head = model.get_output_embeddings()
+    head, chunk = model.get_output_embeddings(), chunk or CHUNK[hidden.device.type]
     return TargetLogprobs.apply(hidden, head.weight, head.bias, pack.targets, temperature, chunk)
 
 
@@ -193,9 +193,10 @@ class TargetLogprobs(torch.autograd.Function):
         """Gradients of hidden states, weights and bias; the entropy has none."""
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         temperature, chunk, dtype = ctx.settings
-        weights, grad_hidden, grad_weight = weight.to(dtype), torch.empty_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        room = None if dtype == weight.dtype else torch.empty_like(weights)
+        weights, grad_hidden = weight.to(dtype), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # in bfloat16, each chunk would round their sum
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        room = None if dtype == torch.float32 else torch.empty_like(weights)
         for rows, inputs, logits, products in chunks_of_logits(hidden, weights, bias, temperature, chunk):
             scale = grad[rows, None] / temperature
             grads = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
@@ -208,7 +209,8 @@ class TargetLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grads.T, inputs)
             else:
                 grad_weight += torch.mm(grads.T, inputs, out=room)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
 def chunks_of_logits(hidden, weights, bias, temperature, chunk):

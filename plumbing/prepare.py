@@ -25,7 +25,8 @@ from plumbing.rules import rule_from_tags
 from plumbing.runs import Run
 from plumbing.terminal import say
 from plumbing.transformers_sampler import TransformersSampler
-from sampler import SamplingParams, VLLMSampler, vllm_obstacle
+from plumbing.vllm_setup import vllm_obstacle
+from sampler import SamplingParams, VLLMSampler
 from scaffold import scaffold_messages
 from tasks import digest, load_tasks, split_tasks
 
@@ -138,7 +139,10 @@ def make_sampler(config, policy, tokenizer, **limits):
     device, stops = choose_device(config), stop_ids(policy, tokenizer)
     dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
     precision = str(dtype).removeprefix("torch.")
-    multiply_with_onednn()
+    if device == "cpu":
+        multiply_with_onednn()
+    else:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its attention anew for each new length
     if vllm:
         try:
             sampler = VLLMSampler(policy.config, stops, dtype, **limits)

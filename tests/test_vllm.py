@@ -5,11 +5,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
-import sampler as vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
+from plumbing import vllm_setup
 from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler, filtered_logprobs
-from sampler import CPU_BLOCK, SamplingParams, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
+from plumbing.vllm_setup import CPU_BLOCK, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
+from sampler import SamplingParams, VLLMSampler
 
 pytestmark = needs_vllm
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
@@ -82,7 +83,7 @@ def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_produ
 def test_sequences_that_the_cache_cannot_hold_are_put_off_and_come_out_the_same(monkeypatch):
     model, blocks = tiny_model(1), []
     per_token = kv_bytes_per_token(model.config, torch.float32)
-    monkeypatch.setattr(vllm_sampler, "cpu_cache_bytes", lambda *_: blocks.append(4) or 4 * CPU_BLOCK * per_token)
+    monkeypatch.setattr(vllm_setup, "cpu_cache_bytes", lambda *_: blocks.append(4) or 4 * CPU_BLOCK * per_token)
     sampler = VLLMSampler(model.config, [], torch.float32, max_model_len=2 * CPU_BLOCK)
     assert blocks
     sampler.sync(named_weights(model))
