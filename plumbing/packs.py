@@ -209,8 +209,7 @@ class TargetLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grads.T, inputs)
             else:
                 grad_weight += torch.mm(grads.T, inputs, out=room)
-        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def chunks_of_logits(hidden, weights, bias, temperature, chunk):

@@ -11,11 +11,11 @@ from judge import ChatJudge, Judge, SelfJudge
 from plumbing import memory, ranks
 from plumbing.policy import (
     checkpoint_gradients,
+    choose_kernels,
     cpu_dtype,
     keep_freed_memory,
     load_config,
     load_policy,
-    multiply_with_onednn,
     named_weights,
     prompt_ids,
     shard,
@@ -139,10 +139,7 @@ def make_sampler(config, policy, tokenizer, **limits):
     device, stops = choose_device(config), stop_ids(policy, tokenizer)
     dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
     precision = str(dtype).removeprefix("torch.")
-    if device == "cpu":
-        multiply_with_onednn()
-    else:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its attention anew for each new length
+    choose_kernels(device)
     if vllm:
         try:
             sampler = VLLMSampler(policy.config, stops, dtype, **limits)
