@@ -18,6 +18,7 @@ import torch
 
 from plumbing import ranks, terminal
 from plumbing.packs import make_packs, response_logprobs
+from plumbing.policy import visiting
 
 
 @dataclass
@@ -129,7 +130,7 @@ def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
     prompts, responses: token-id lists, one of each a sample. All ranks give the same ones, compute a part and get the whole.
     """
     own = {}
-    with torch.no_grad():
+    with torch.no_grad(), visiting(model):
         for pack, counted in ranks.deal(make_packs(prompts, responses, token_budget)):
             logp, _ = response_logprobs(model, pack, temperature)
             if counted:
@@ -182,7 +183,7 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
         packs = make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget)
-        for pack, counted in ranks.deal(packs):
+        for pack, counted in ranks.deal(packs, model):
             members = [batch[i] for i in pack.members]
             logp, entropy = response_logprobs(model, pack, params.temperature)  # [response tokens] each
             old_logp = torch.cat([now if s.old_logp is None else s.old_logp.to(now)  # now: the ratio is 1

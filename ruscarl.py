@@ -306,7 +306,7 @@ def train_and_save(config, parts):
         run.save_checkpoint(policy, parts["optimizer"])
         stopped(error, config)
         return error.status if isinstance(error, ranks.Interrupted) else 1
-    save_policy(policy, parts["tokenizer"], run.folder / "policy")
+    save_policy(policy, parts["tokenizer"], run.folder / "policy", parts["optimizer"])
     if ranks.leader():
         run.draw_curves()
         terminal.summary(run, config)

@@ -345,7 +345,8 @@ def run_loop(shape, device, dtype, timeout):
         done = subprocess.run(
             [sys.executable, "ruscarl.py", "--model", folder, "--preset", "laptop", "--tasks", "first_aid", "--steps", "2",
              "--held-out", "4", "--eval-samples", "1", "--eval-every", "2", "--max-prompt-tokens", "8192",
-             "--sampler", "vllm", "--device", device, "--dtype", str(dtype).removeprefix("torch."), "--token-budget", "16384", "--check-sync",
+             "--sampler", "vllm", "--device", device, "--dtype", str(dtype).removeprefix("torch."),
+             "--token-budget", "16384", "--check-sync",
              "--runs", folder, "--name", "loop", *(small if shape == "tiny" else large)],
             cwd=ROOT, capture_output=True, text=True, timeout=timeout)
         if done.returncode:
@@ -387,8 +388,8 @@ def header(args):
 def measure_ceiling(args, report, left):
     """How fast the device multiplies."""
     args.rate = ceiling(args.device, getattr(torch, args.dtype))
-    report.add("Ceiling", f"Product of two square matrices in {args.dtype}: {args.rate / 1e12:.2f} TFLOP/s. MFU is the share "
-               "of it that the forward and backward passes reach; what gradient checkpointing repeats is not counted.")
+    report.add("Ceiling", f"Product of two square matrices in {args.dtype}: {args.rate / 1e12:.2f} TFLOP/s. MFU is the "
+               "share of it that the forward and backward passes reach; what gradient checkpointing repeats is not counted.")
 
 
 def measure_exact(args, report, left):
@@ -436,8 +437,8 @@ def measure_loop(args, report, left):
 
 
 def measure(args, report, left):
-    """Every part in turn; one that fails is reported, and the others go on. Returns whether none has failed. left: a function
-    that gives the seconds that are left."""
+    """Every part in turn; one that fails is reported, and the others go on. Returns whether none has failed.
+    left: a function that gives the seconds that are left."""
     well = True
     if "update" in args.parts and "ceiling" not in args.parts:
         args.parts = ("ceiling", *args.parts)

@@ -10,6 +10,8 @@ import torch
 
 import grpo
 from judge import Judge
+from plumbing.config import Config
+from plumbing.optimizer import make_optimizer
 from plumbing.policy import checkpoint_gradients, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from plumbing.transformers_sampler import TransformersSampler
 from ruscarl import as_sample, make_rollouts, sample_and_judge, set_advantages
@@ -28,11 +30,10 @@ def steps(pipe, work, engine):
     if work.prompt_tokens + work.group_size * work.new_tokens > MICRO_BATCH:  # it would take more memory than TRL's do
         checkpoint_gradients(policy)
     dtype = getattr(torch, work.dtype)
-    policy.compute_dtype = None if dtype == torch.float32 else dtype
     sampler = (VLLMSampler(policy.config, [], dtype, work.prompt_tokens + work.new_tokens, max_num_seqs=work.samples)
                if engine == "vllm" else TransformersSampler(policy, [], dtype))
+    optimizer = make_optimizer(policy, Config(lr=LR, weight_decay=0.0), dtype=dtype)
     sampler.sync(named_weights(policy))
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0, fused=True)
     tasks, judge = make_tasks(tokenizer, work), Judge()
     params = SamplingParams(work.new_tokens, TEMPERATURE, logprobs=True)
     pipe.ready()

@@ -27,12 +27,16 @@ logging.getLogger().addFilter(lambda record: "metadata is not found" not in str(
 
 
 def training_state(model, optimizer, steps_done=0):
-    """{name: tensor} of all that a step changes: parameters, AdamW's moments (zeros before its first step), steps done."""
-    state = {"steps_done": torch.tensor(steps_done)}
+    """{name: tensor} of all that a step changes: float32 weights, AdamW's moments (zeros before its first step), steps done.
+    Parameters that are frozen are left out."""
+    state, masters = {"steps_done": torch.tensor(steps_done)}, getattr(optimizer, "masters", {})
     for name, parameter in model.named_parameters():
-        weights, of_adam = parameter.detach(), optimizer.state[parameter]
+        if not parameter.requires_grad:
+            continue
+        master = masters.get(parameter, parameter)  # see optimizer.MasterAdamW
+        weights, of_adam = master.detach(), optimizer.state[master]
         if not of_adam:
-            of_adam.update(step=torch.zeros((), device=parameter.device),  # where a fused AdamW wants it
+            of_adam.update(step=torch.zeros((), device=master.device),  # where a fused AdamW wants it
                            exp_avg=torch.zeros_like(weights), exp_avg_sq=torch.zeros_like(weights))
         state[f"model.{name}"] = weights
         state |= {f"{kind}.{name}": tensor for kind, tensor in of_adam.items()}
@@ -118,6 +122,8 @@ def load_newest(folder, model, optimizer):
             state = training_state(model, optimizer)
             try:
                 dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(place))
+                if hasattr(optimizer, "masters"):
+                    optimizer.write_weights()
                 return state["steps_done"].item()
             except dcp.CheckpointException as error:
                 reason = _reason(error)

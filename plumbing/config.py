@@ -42,6 +42,7 @@ class Config:
     mini_batch_size: int = setting(4, "questions in an optimiser step; divides --batch-size", above=0)
     lr: float = setting(5e-5, "learning rate of AdamW, constant", least=0)
     weight_decay: float = setting(0.0, "weight decay of AdamW", least=0)
+    lora: int = setting(0, "train low-rank adapters of this rank instead of all weights; 0 is off", least=0)
     kl: float = setting(0.0, "coefficient of the KL to the initial policy; 0 loads no reference model", least=0)
     clip_low: float = setting(0.2, "the policy ratio is clipped below 1 - clip_low", least=0, most=1)
     clip_high: float = setting(0.2, "the policy ratio is clipped above 1 + clip_high", least=0)
@@ -88,8 +89,8 @@ class Config:
     token_budget: int = setting(2048, "tokens that pass through the model at a time; fewer take less memory", above=0)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     device: str = setting("auto", "where models compute; auto: cuda where there is a GPU", ("auto", "cpu", "cuda"))
-    offload: str = setting("auto", "whether the host holds master weights, gradients and optimizer state of a policy on a "
-                           "GPU; auto: where they would not fit", ("auto", "yes", "no"))
+    offload: str = setting("auto", "whether the host holds master weights and optimizer state of a policy on one GPU; auto: "
+                           "where they would not fit", ("auto", "yes", "no"))
     dtype: str = setting("auto", "precision of computing; weights stay in float32", ("auto", "float32", "bfloat16"))
     gpu_gb: float = setting(0.0, "with --plan: memory of a GPU that is not there, in GB", least=0)
     gpus: int = setting(1, "with --gpu-gb: number of such GPUs, in one machine", above=0)

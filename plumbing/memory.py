@@ -1,13 +1,14 @@
 """How much memory a run takes, part by part, worked out without loading weights.
 
-P parameters cost 16 bytes each while they are trained: float32 weights, gradients and Adam's two moments. They and the
-reference model are divided among the ranks. Each rank's sampler with its key-value cache comes on top, and the activations
-of one pack. Activations are counted, not estimated: the update's own forward pass is run on tensors without data.
+On one device P parameters cost 2 bytes each as weights in bfloat16, 4 as gradients during an update, and 12 at home, the
+device or the host, as float32 masters and Adam's two moments (optimizer.py). On several ranks all of it is divided among
+them. Each rank's sampler with its key-value cache comes on top, and the activations of one pack. Activations are counted,
+not estimated: the update's own forward pass is run on tensors without data.
 """
 
-import math
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +33,21 @@ class Part:
     when: str = "always"  # or one of TIMES
 
 
+@dataclass(frozen=True, order=True)
+class Layout:
+    """What is done where a policy would not fit otherwise: on one GPU the host has masters and moments; several ranks reduce
+    gradients after each pack, and not once a mini-batch."""
+
+    on_host: bool = False
+    each_pack: bool = False
+
+    @property
+    def sentence(self):
+        """What a run says of it."""
+        return ("offload: master weights and optimizer state stay in the host's memory" if self.on_host else
+                "gradients are reduced after each pack: whole ones do not fit beside the rest")
+
+
 def ranks_of(config):
     """(number of ranks, number of those on one machine): torchrun's, or those of --gpus."""
     if config.gpu_gb:
@@ -46,16 +62,21 @@ def samples_at_once(config):
     return -(-samples // ranks_of(config)[0])
 
 
+def meta_model(model_config):
+    """The model of this (transformers) config, without data."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+
+
 def parameter_sizes(model_config):
     """Number of elements of each parameter of the model, tied ones once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    return [parameter.numel() for parameter in model.parameters()]
+    return [parameter.numel() for parameter in meta_model(model_config).parameters()]
 
 
-def pinned_bytes(sizes, ranks):
-    """Host memory of a rank's float32 share of parameters of these sizes: torch rounds a pinned block up to a power of 2."""
-    return sum(2 ** math.ceil(math.log2(4 * -(-size // ranks))) for size in sizes)
+def adapter_parameters(model_config, rank):
+    """Number of elements of A [rank, in] and B [out, rank] on all linear layers of the blocks: those of --lora."""
+    layers = meta_model(model_config).base_model.layers.modules()
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
 def update_parts(config, model_config, gpu, dtype, question):
@@ -65,8 +86,6 @@ def update_parts(config, model_config, gpu, dtype, question):
     number = config.group_size  # as many responses as can be: each keeps the question's keys and values once more
     each = -(-(pack - question) // number)
     tokens, text, kept = question + number * each, model_config.get_text_config(), {}
-    autocast = None if gpu or dtype == torch.float32 else dtype
-    weights_dtype = dtype if gpu else torch.float32
 
     def count(tensor):
         storage = tensor.untyped_storage()
@@ -75,19 +94,17 @@ def update_parts(config, model_config, gpu, dtype, question):
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype,
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=dtype,
                                                  trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        model.compute_dtype = autocast
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             packs.response_logprobs(model, packs.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0])
         total = sum(storage.nbytes() for storage in kept.values())
     layer = total / text.num_hidden_layers
     if config.gradient_checkpointing:  # only each layer's input is kept, and one layer at a time is computed again
-        width = weights_dtype.itemsize if autocast is None else 4  # the residual stream stays in the weights' type
-        total = text.num_hidden_layers * tokens * text.hidden_size * width + layer
+        total = text.num_hidden_layers * tokens * text.hidden_size * dtype.itemsize + layer
     # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
-    # and in half precision once more in halves, with the layer itself or the gradient's last form.
+    # and in half precision once more as it was multiplied.
     chunk, matrices = packs.CHUNK["cuda" if gpu else "cpu"], 1 if dtype == torch.float32 else 2
     logits = (3 * chunk + matrices * text.hidden_size) * text.vocab_size * 4
     return [Part(f"activations of {pack:,} tokens", total, when="update"),
@@ -111,41 +128,64 @@ def sampler_parts(config, model_config, gpu, vllm, dtype, parameters, prompt):
                  when="sampling" if gpu else "always")]
 
 
-def parts(config, model_config, device, vllm, offload, dtype, longest=None):
+def policy_parts(config, model_config, gpu, layout, dtype):
+    """Parts of the policy that is trained, and of its reference."""
+    sizes, (ranks, _), text = parameter_sizes(model_config), ranks_of(config), model_config.get_text_config()
+    P, lora = sum(sizes), bool(config.lora)
+    trained, home = adapter_parameters(model_config, config.lora) if lora else P, "host" if layout.on_host else "device"
+    result = [Part("Adam's two moments", 8 * trained / ranks, home),
+              Part("gradients, float32", 4 * trained / ranks, when="update")]
+    if ranks == 1 or lora:
+        result.append(Part("weights", P * dtype.itemsize / ranks))
+    if ranks > 1 or lora or dtype != torch.float32 or layout.on_host:
+        result.append(Part("adapters, float32" if lora else "master weights, float32", 4 * trained / ranks, home))
+    if layout.on_host:
+        result.append(Part("two pinned blocks", 8 * max(sizes), "host"))
+    if ranks > 1:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
+        gathered = min(P, 2 * text.vocab_size * text.hidden_size + 2 * P / text.num_hidden_layers)
+        result.append(Part("weights being computed with", gathered * (dtype.itemsize + 4), when="update"))
+        if not layout.each_pack:
+            result.append(Part("gradients, not yet reduced", 4 * trained, when="update"))
+    if not layout.on_host and (gpu or ranks > 1):  # the leader's; divided here, for it is multiplied by the ranks
+        whole = P * (dtype.itemsize if lora else 4)
+        result.append(Part("whole weights", whole / ranks_of(config)[1], "host" if gpu else "device", "loading"))
+    if config.kl > 0 and not lora:  # beside one GPU it waits in the host's memory while there are gradients
+        result.append(Part("reference model", P * dtype.itemsize / ranks, "host" if gpu and ranks == 1 else "device"))
+    return result
+
+
+def parts(config, model_config, device, vllm, layout, dtype, longest=None):
     """Parts of a run's memory: list of Part.
 
-    device: "cpu" or "cuda"; vllm: whether vLLM samples; offload: whether the host holds master weights, gradients and
-    optimizer; dtype: what sampler and update compute in; longest: tokens of the longest (question, question with scaffold).
+    device: "cpu" or "cuda"; vllm: whether vLLM samples; dtype: what sampler and update compute in; longest: tokens of the
+    longest (question, question with scaffold).
     """
-    sizes, gpu, (ranks, here) = parameter_sizes(model_config), device == "cuda", ranks_of(config)
-    P, text = sum(sizes), model_config.get_text_config()
+    gpu, P = device == "cuda", sum(parameter_sizes(model_config))
     question, prompt = longest or (config.max_prompt_tokens, config.max_prompt_tokens)
-    masters = "host" if offload else "device"
-    share = pinned_bytes(sizes, ranks) if offload and gpu else 4 * P / ranks
-    result = [Part("weights, float32", share, masters), Part("gradients", share, masters, "update"),
-              Part("Adam's two moments", 8 * P / ranks, masters)]
-    if gpu or ranks > 1:  # FSDP2 gathers embedding and output layer and two layers at a time, and computes in dtype
-        gathered = min(P, 2 * text.vocab_size * text.hidden_size + 2 * P / text.num_hidden_layers)
-        result += [Part("weights being computed with", gathered * ((dtype.itemsize if gpu else 4) + 4), when="update"),
-                   Part("whole weights", 4 * P, "host" if gpu else "device", "loading")]
-    if config.kl > 0:
-        result.append(Part("reference model", P * (dtype.itemsize if gpu else 4) / ranks))
+    result = policy_parts(config, model_config, gpu, layout, dtype)
     result += update_parts(config, model_config, gpu, dtype, prompt if config.ratio == "scaffolded" else question)
     result += sampler_parts(config, model_config, gpu, vllm, dtype, P, prompt)
     libraries = LIBRARIES["host"] + LIBRARIES["vllm"] * vllm
     result.append(Part("interpreter and libraries", libraries, "host" if gpu else "device"))
     if gpu:
         result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
+    here = ranks_of(config)[1]
     return [replace(part, bytes=part.bytes * here) if part.place == "host" or not gpu else part for part in result]
 
 
 def needs(config, model_config, device, vllm, dtype, longest=None):
-    """(offload, parts): whether the host holds the masters, as --offload says or as it fits, and the parts for that."""
-    for offload in (False, True) if config.offload == "auto" and device == "cuda" else (config.offload == "yes",):
-        found = parts(config, model_config, device, vllm, offload, dtype, longest)
+    """(Layout, parts): the first layout that fits the device, or the last, and the parts for it; --offload may decide."""
+    if ranks_of(config)[0] > 1:
+        layouts = [Layout(), Layout(each_pack=True)]
+    elif device == "cuda" and not config.lora:
+        layouts = {"auto": [Layout(), Layout(True)], "yes": [Layout(True)], "no": [Layout()]}[config.offload]
+    else:
+        layouts = [Layout()]
+    for layout in layouts:
+        found = parts(config, model_config, device, vllm, layout, dtype, longest)
         if peak(found, "device") <= device_bytes(config, device):
             break
-    return offload, found
+    return layout, found
 
 
 def peak(parts, place, times=TIMES):
@@ -156,11 +196,32 @@ def peak(parts, place, times=TIMES):
 def device_bytes(config, device):
     """Memory that can be filled: this machine's ("cpu"), or of its GPU what no other process has, or --gpu-gb."""
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits())
     if config.gpu_gb:
         return USABLE * config.gpu_gb * 1e9
     free, there = torch.cuda.mem_get_info()
     return min(free, USABLE * there)
+
+
+def container_limits(root="/"):
+    """Bytes of memory that the control groups of this process and their parents allow, of versions 1 and 2: list of int.
+    (Where there is no limit, version 1 says a very large number.)"""
+    limits, root = [], Path(root)
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not on Linux
+        return []
+    for line in groups:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, name = ("sys/fs/cgroup/memory", "memory.limit_in_bytes") if kinds else ("sys/fs/cgroup", "memory.max")
+        place = Path(path.lstrip("/"))
+        for folder in (place, *place.parents):  # inside a container its own group may be the top
+            file = root / top / folder / name
+            if file.is_file() and (text := file.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return limits
 
 
 def vllm_share(config, parts):

@@ -99,8 +99,6 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     if pack is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
-    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
-
     def attend(query, key, value):  # the last query sees all keys, the one before it one less, and so on
         rows, heads, queries, width = query.shape
         if query.is_cuda and value.dtype == torch.float32:  # in which no fast kernel lets heads share keys
@@ -171,40 +169,36 @@ class TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
         """(log-probabilities, entropies), a chunk of tokens at a time; logits are not kept."""
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         log_sums, chosen, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         room = log_sums.new_empty(min(chunk, len(hidden)), len(weight))
-        with torch.autocast(kind, enabled=False):
-            for rows, _, logits, _ in chunks_of_logits(hidden, weight.to(dtype), bias, temperature, chunk):
-                highest = logits.amax(-1, keepdim=True)
-                chosen[rows] = logits.gather(-1, targets[rows, None])[:, 0]
-                exps = torch.exp(logits.sub_(highest), out=room[: len(logits)])
-                sums = exps.sum(-1)
-                log_sums[rows] = sums.log() + highest[:, 0]
-                entropy[rows] = sums.log() - exps.mul_(logits).sum(-1) / sums
+        for rows, _, logits, _ in chunks_of_logits(hidden, weight, bias, temperature, chunk):
+            highest = logits.amax(-1, keepdim=True)
+            chosen[rows] = logits.gather(-1, targets[rows, None])[:, 0]
+            exps = torch.exp(logits.sub_(highest), out=room[: len(logits)])
+            sums = exps.sum(-1)
+            log_sums[rows] = sums.log() + highest[:, 0]
+            entropy[rows] = sums.log() - exps.mul_(logits).sum(-1) / sums
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.settings = temperature, chunk, dtype
+        ctx.settings = temperature, chunk
         ctx.mark_non_differentiable(entropy)
         return chosen - log_sums, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        """Gradients of hidden states, weights and bias; the entropy has none."""
+        """Gradients of hidden states, weights and bias, summed in float32; the entropy has none."""
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
-        temperature, chunk, dtype = ctx.settings
-        weights, grad_hidden = weight.to(dtype), torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # in bfloat16, each chunk would round their sum
+        temperature, chunk = ctx.settings
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        room = None if dtype == torch.float32 else torch.empty_like(weights)
-        for rows, inputs, logits, products in chunks_of_logits(hidden, weights, bias, temperature, chunk):
+        room = None if weight.dtype == torch.float32 else torch.empty_like(weight)
+        for rows, inputs, logits, products in chunks_of_logits(hidden, weight, bias, temperature, chunk):
             scale = grad[rows, None] / temperature
             grads = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
             grads.scatter_add_(-1, targets[rows, None], scale)
             if bias is not None:
                 grad_bias += grads.sum(0)
             grads = products.copy_(grads)
-            grad_hidden[rows] = (grads @ weights).to(hidden.dtype)
+            grad_hidden[rows] = grads @ weight
             if room is None:
                 grad_weight.addmm_(grads.T, inputs)
             else:
@@ -215,13 +209,13 @@ class TargetLogprobs(torch.autograd.Function):
 def chunks_of_logits(hidden, weights, bias, temperature, chunk):
     """Yield (slice of the tokens, their hidden states, their logits, room) for each `chunk` tokens, in the same memory.
 
-    The output layer multiplies in the dtype of `weights`. logits: float32 [chunk, vocabulary]. room: [chunk, vocabulary] in
-    the dtype of `weights`, where that is float32 the logits themselves.
+    hidden and weights have one dtype. logits: float32 [chunk, vocabulary]. room: [chunk, vocabulary] in that dtype, where it
+    is float32 the logits themselves.
     """
     all_logits = hidden.new_empty(min(chunk, len(hidden)), len(weights), dtype=torch.float32)
     all_room = None if weights.dtype == torch.float32 else torch.empty_like(all_logits, dtype=weights.dtype)
     for i in range(0, len(hidden), chunk):
-        inputs = hidden[i : i + chunk].to(weights.dtype)
+        inputs = hidden[i : i + chunk]
         logits = all_logits[: len(inputs)]
         room = logits if all_room is None else all_room[: len(inputs)]
         logits.copy_(torch.mm(inputs, weights.T, out=room))

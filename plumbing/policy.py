@@ -8,6 +8,7 @@
 Weights are read from safetensors or GGUF files only, never from pickles. Code that comes with a model is never run.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -24,7 +25,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -45,8 +46,9 @@ UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale
 
 
 def load_policy(source, dtype=torch.float32):
-    """(model, tokenizer) of `source`, see above; on the CPU, in eval mode. Raises ValueError like load_config."""
-    _, tokenizer = load_config(source)
+    """(model, tokenizer) of `source`, see above; on the CPU, in eval mode. Raises ValueError like load_config. The model's
+    stored_dtype is that of its file: bfloat16, else float32."""
+    config, tokenizer = load_config(source)
     model = _read(source, AutoModelForCausalLM, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     if Path(source).suffix == ".gguf":  # it calls itself quantised and cannot be saved; a plain model with its weights can
         settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
@@ -56,7 +58,37 @@ def load_policy(source, dtype=torch.float32):
     # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
     model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
                                                   ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.stored_dtype = torch.bfloat16 if config.get_text_config().dtype == torch.bfloat16 else torch.float32
     return cast(model, dtype).eval(), tokenizer
+
+
+def load_on_ranks(source):
+    """(model without weights, tokenizer, {name: weight}) of `source`: of several ranks only the leader reads the weights,
+    float32, for `shard` to deal out; the others have {}. All of a model but its parameters is there on every rank."""
+    model, tokenizer = load_policy(source) if ranks.leader() else (None, load_config(source)[1])
+    ranks.meet()  # the leader takes long, and from here on there are collectives, which have time-outs
+    weights = {name: parameter.data for name, parameter in model.named_parameters()} if ranks.leader() else {}
+    told = (model.config, model.generation_config, model.stored_dtype, dict(model.named_buffers())) if model else None
+    config, generation_config, stored_dtype, buffers = ranks.gather(told)[0]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+    for name, buffer in buffers.items():
+        place, _, own = name.rpartition(".")
+        model.get_submodule(place)._buffers[own] = buffer
+    model.generation_config, model.stored_dtype = generation_config, stored_dtype
+    return cast(model, torch.float32).eval(), tokenizer, weights
+
+
+def materialise(model, device):
+    """Give those parameters of `model` that are on no device memory on `device`, with arbitrary numbers; in place. What is
+    tied stays tied. Returns the model."""
+    made = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                setattr(module, name, made.setdefault(parameter, torch.nn.Parameter(empty, parameter.requires_grad)))
+    return model
 
 
 def cast(model, dtype):
@@ -146,16 +178,20 @@ def _download_wheel(folder):
     return wheels[0]
 
 
-def save_policy(model, tokenizer, folder):
+def save_policy(model, tokenizer, folder, optimizer=None):
     """Write an ordinary transformers folder, beside its place, and rename it. All ranks take part, the leader writes;
-    the leader raises OSError where it cannot."""
-    whole = {name: weight.cpu() for name, weight in named_weights(model, tied_twice=False) if ranks.leader()}
+    the leader raises OSError where it cannot. In bfloat16 a model that came so, else the optimizer's float32 masters."""
+    dtype, masters = getattr(model, "stored_dtype", torch.float32), getattr(optimizer, "masters", {})
+    weights = named_weights(model, tied_twice=False, dtype=dtype, masters=masters)
+    whole = {name: weight.cpu() for name, weight in weights if ranks.leader()}
     if not ranks.leader():
         return
     part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         model.save_pretrained(part, state_dict=whole)
+        model.config.dtype = dtype  # save_pretrained has written that of the weights on the device
+        model.config.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -164,40 +200,59 @@ def save_policy(model, tokenizer, folder):
     part.rename(folder)
 
 
-def named_weights(model, tied_twice=True):
+def named_weights(model, tied_twice=True, dtype=None, masters=None):
     """(name, whole tensor) of every parameter, one at a time, for a sampler's `sync`; a tied one under each of its names.
-    Every rank of a sharded model has to go through all of them."""
+
+    As the update computes with them, or in `dtype`. masters: {parameter: tensor} of those to be given by another tensor.
+    Every rank of a sharded model has to go through all of them.
+    """
+    dtype = dtype or getattr(model, "computing_dtype", None)
     for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
-        parameter = parameter.detach()
-        if isinstance(parameter, DTensor):  # also an offloaded one is gathered by the GPUs
-            parameter = parameter.to(parameter.device_mesh.device_type).full_tensor()
-        yield name, parameter
+        weight = (masters or {}).get(parameter, parameter).detach()
+        weight = weight.to(dtype or weight.dtype)  # of a sharded one each rank its part, before all have the whole
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def shard(model, device, dtype, offload):
+def shard(model, device, dtype, each_pack=False, weights=None):
     """Divide the model among all ranks with FSDP2: float32 weights, gradients and optimizer state, computing in `dtype` on
-    `device`. With offload each rank's part stays in the host's memory, and the device holds two layers at a time.
-    In place; returns the model. The optimizer must be made afterwards, over model.parameters()."""
-    options = {"mesh": init_device_mesh(device, (ranks.size(),)),
-               "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-               "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device == "cuda") if offload else fsdp.OffloadPolicy()}
-    for layer in model.base_model.layers:
-        fsdp.fully_shard(layer, **options)
-    fsdp.fully_shard(model, reshard_after_forward=True, **options)  # else a forward pass leaves it gathered, and rounded
+    `device`. In place; returns the model. The optimizer must be made afterwards, over model.parameters().
 
+    each_pack: reduce gradients after each pack of an update, and not once a mini-batch: for that every rank holds all of
+    them, float32, in between. weights: on the leader {name: tensor} of a model without, see load_on_ranks.
+    """
+    options = {"mesh": init_device_mesh(device, (ranks.size(),)),
+               "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    for layer in model.base_model.layers:
+        fsdp.fully_shard(materialise(layer, device), **options)
+    # Without resharding, a forward pass would leave embedding and output layer gathered, and rounded.
+    fsdp.fully_shard(materialise(model, device), reshard_after_forward=True, **options)
+    for name, parameter in model.named_parameters() if weights is not None else ():
+        whole = weights[name] if weights else torch.empty(parameter.shape)
+        parts = distribute_tensor(whole.to(device, parameter.dtype), parameter.device_mesh, parameter.placements)
+        parameter.detach().to_local().copy_(parts.to_local())
+    model.reduces_each_pack, model.computing_dtype = each_pack, dtype
     model.gathered_call = lambda function, *args: function(model, *args)
     fsdp.register_fsdp_forward_method(model, "gathered_call")
     return model
 
 
 def call(model, function, *args):
-    """function(model, *args), under autocast to the model's attribute compute_dtype, if it has one. Of a model that `shard`
-    has divided, the embedding and the output layer are gathered around the call."""
-    dtype = getattr(model, "compute_dtype", None)
-    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-        if isinstance(model, fsdp.FSDPModule):
-            return model.gathered_call(function, *args)
-        return function(model, *args)
+    """function(model, *args). Of a model that `shard` has divided, embedding and output layer are gathered around it."""
+    return model.gathered_call(function, *args) if isinstance(model, fsdp.FSDPModule) else function(model, *args)
+
+
+@contextlib.contextmanager
+def visiting(model):
+    """Inside, a model that waits in the host's memory (optimizer.frozen_copy) is on its device; others do not move."""
+    device = getattr(model, "visits", None)
+    waiting = [(parameter, parameter.data) for parameter in model.parameters()] if device else []
+    for parameter, data in waiting:
+        parameter.data = data.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for parameter, data in waiting:
+            parameter.data = data
 
 
 def prompt_ids(tokenizer, messages):

@@ -3,18 +3,23 @@
 A user's mistake is a ValueError or OSError of one line.
 """
 
+import copy
+
 import numpy
 import torch
 from tqdm import tqdm
 
 from judge import ChatJudge, Judge, SelfJudge
 from plumbing import memory, ranks
+from plumbing.optimizer import frozen_copy, make_optimizer
 from plumbing.policy import (
+    cast,
     checkpoint_gradients,
     choose_kernels,
     cpu_dtype,
     keep_freed_memory,
     load_config,
+    load_on_ranks,
     load_policy,
     named_weights,
     prompt_ids,
@@ -34,7 +39,7 @@ JUDGE_ROOM = 1024  # tokens of instructions and a criterion, for a policy that j
 
 
 def computing_dtype(config, device):
-    """What sampler and update compute in; the master weights are always float32."""
+    """What sampler, policy and reference compute in; the master weights are always float32."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if device == "cpu":
@@ -118,6 +123,8 @@ def choose_device(config):
     device = "cuda" if gpu and config.device != "cpu" else "cpu"
     if device == "cpu" and config.offload == "yes":
         raise ValueError("--offload yes: there is no GPU, the policy is in the host's memory already")
+    if config.offload == "yes" and memory.ranks_of(config)[0] > 1:
+        raise ValueError("--offload yes is for one GPU: several divide master weights and optimizer state among them")
     return device
 
 
@@ -174,21 +181,18 @@ def set_up(config):
     context = check_context(config, model_config)
     tasks, lengths = drop_long(config, tasks, tokenizer)
     tasks, held_out = split_tasks(tasks, config.held_out)
-    offload, gpu_memory = gpu_layout(config, model_config, device, vllm, dtype, lengths)
+    layout, gpu_memory = choose_layout(config, model_config, device, vllm, dtype, lengths)
     itself = self_judged(config, tasks + held_out)  # what a judge reads is longer than what it judges
     limits = {"max_model_len": context if itself else config.max_prompt_tokens + config.max_new_tokens,
               "gpu_memory": gpu_memory, **({} if itself else {"max_num_seqs": memory.samples_at_once(config)})}
     keep_freed_memory()
-    policy, tokenizer = load_policy(config.model)
-    ranks.meet()  # some load faster than others, and from here on there are collectives, which have time-outs
+    policy, tokenizer, *weights = load_on_ranks(config.model) if ranks.size() > 1 else load_policy(config.model)
     sampler = make_sampler(config, policy, tokenizer, **limits)
-    sampler.sleep()  # until the sync: sharding a policy takes room on a GPU
-    reference = None
-    if config.kl > 0:
-        reference = load_policy(config.model, dtype=dtype if device == "cuda" else torch.float32)[0].requires_grad_(False)
-        compute_on(reference, device, dtype, offload=False)
-    compute_on(policy, device, dtype, offload)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    sampler.sleep()  # until the sync: a policy that is put on a GPU, or dealt out, takes room there
+    reference = make_reference(policy, dtype, device, *weights) if config.kl > 0 else None
+    if weights:
+        shard(policy, device, dtype, layout.each_pack, weights.pop())
+    optimizer = make_optimizer(policy, config, "cpu" if layout.on_host else device, device, dtype)
     if config.resume:
         run.load_checkpoint(policy, optimizer)
     if config.gradient_checkpointing:
@@ -200,19 +204,18 @@ def set_up(config):
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
 
 
-def gpu_layout(config, model_config, device, vllm, dtype, lengths):
-    """(whether the host holds master weights, gradients and optimizer; the share of the GPU's memory that vLLM may take)."""
-    if device != "cuda":
-        return False, 0.0
-    offload, parts = memory.needs(config, model_config, device, vllm, dtype, lengths.max(axis=0).tolist())
-    if offload := max(ranks.gather(offload)):  # GPUs may differ
-        say("offload: master weights, gradients and optimizer state stay in the host's memory")
-    return offload, memory.vllm_share(config, parts) if vllm else 0.0
+def choose_layout(config, model_config, device, vllm, dtype, lengths):
+    """(memory.Layout, the share of the GPU's memory that vLLM may take)."""
+    layout, parts = memory.needs(config, model_config, device, vllm, dtype, lengths.max(axis=0).tolist())
+    layout = max(ranks.gather(layout))  # GPUs may differ
+    if layout != memory.Layout():
+        say(layout.sentence)
+    return layout, memory.vllm_share(config, parts) if vllm and device == "cuda" else 0.0
 
 
-def compute_on(model, device, dtype, offload):
-    """Have `model` compute in `dtype` on `device`. On a GPU, and on several ranks, FSDP2 holds it; on a CPU autocast rounds
-    its float32 weights."""
-    model.compute_dtype = dtype if device == "cpu" and dtype != torch.float32 else None
-    if device == "cuda" or ranks.size() > 1:
-        shard(model, device, dtype if device == "cuda" else torch.float32, offload)
+def make_reference(policy, dtype, device, weights=None):
+    """The frozen model that the KL is measured to: the policy as it is now, in the computing dtype. weights: of a policy
+    that is to be divided among ranks (policy.shard), as the reference is."""
+    if weights is None:
+        return frozen_copy(policy, dtype, device)
+    return shard(cast(copy.deepcopy(policy), dtype).requires_grad_(False), device, dtype, weights=weights)

@@ -62,8 +62,6 @@ def join(device):
             if local >= gpus:
                 raise ValueError(f"rank {os.environ['RANK']}: more processes were started here than there are GPUs ({gpus})")
             torch.cuda.set_device(local)
-            if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default, but the host updates what is offloaded
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         store, _rank, _size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size,
                                 timeout=datetime.timedelta(seconds=COLLECTIVE))
@@ -137,14 +135,17 @@ def share(items):
     return items[len(items) * _rank // _size : len(items) * (_rank + 1) // _size]
 
 
-def deal(packs):
+def deal(packs, model=None):
     """Deal `packs` to the ranks, the largest first: yields (pack, 1), or (pack, 0) for one that another rank counts.
 
     All ranks give the same packs and get as many, because the collectives of a sharded model must match: in the last turn a
-    rank that would go without runs the turn's smallest pack, and what comes out is multiplied by 0.
+    rank that would go without runs the turn's smallest pack, and what comes out is multiplied by 0. model: if it is sharded,
+    its gradients add up on each rank and are reduced in the last turn, where they fit (policy.shard).
     """
     packs = sorted(packs, key=lambda pack: -pack.ids.numel())
     for i in range(0, len(packs), _size):
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(model.reduces_each_pack or i + _size >= len(packs))
         turn = packs[i : i + _size]
         yield turn[min(_rank, len(turn) - 1)], int(_rank < len(turn))
 

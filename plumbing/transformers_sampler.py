@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from plumbing.policy import cast
+from plumbing.policy import cast, materialise
 from sampler import Response
 
 
@@ -78,7 +78,7 @@ class TransformersSampler:
     has at most so many rows x (longest prompt + max_new_tokens)."""
 
     def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
-        self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
+        self.model = materialise(cast(copy.deepcopy(model), dtype), device).to(device).eval().requires_grad_(False)
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("decode")
         self.stop_ids, self.dtype, self.max_batch_tokens = frozenset(stop_ids), dtype, max_batch_tokens

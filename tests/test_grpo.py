@@ -252,9 +252,9 @@ def test_truncated_importance_weighs_tokens_by_hand():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])
-@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("each_pack", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, device, tmp_path):
+def test_fsdp2_gives_the_same_update_and_checkpoint(tied, each_pack, device, tmp_path):
     if torch.distributed.is_initialized():  # left by an engine
         torch.distributed.destroy_process_group()
     plain, sharded = tiny_model(1, tied).to(device), tiny_model(1, tied)
@@ -262,7 +262,7 @@ def test_fsdp2_with_offload_gives_the_same_update_and_checkpoint(tied, offload, 
         checkpoint_gradients(model)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", rank=0, world_size=1,
                                          store=torch.distributed.HashStore())
-    shard(sharded, device, torch.float32, offload)
+    shard(sharded, device, torch.float32, each_pack)
     stats = []
     for model in (plain, sharded):
         samples = make_samples()

@@ -40,14 +40,13 @@ print((min(peaks[2048]) - min(peaks[512])) / (2048 - 512) / (4 * vocabulary))  #
                                                           (True, torch.bfloat16, 2e-2)])
 def test_values_and_gradients_are_autograds(chunk, bias, dtype, tolerance):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(23, 16, requires_grad=True), (torch.randn(50, 16) / 5).requires_grad_()
-    bias = torch.randn(50, requires_grad=True) if bias else None
+    leaves = [torch.randn(23, 16), torch.randn(50, 16) / 5, *[torch.randn(50)] * bias]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+    hidden, weight, bias = (*leaves, None)[:3]
     targets, scales = torch.randint(50, (23,)), torch.randn(23)
-    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        logp, entropy = TargetLogprobs.apply(hidden, weight, bias, targets, 0.7, chunk)
-        found = torch.autograd.grad((logp * scales).sum(), leaves)
-        logits = torch.nn.functional.linear(hidden, weight, bias).float() / 0.7
+    logp, entropy = TargetLogprobs.apply(hidden, weight, bias, targets, 0.7, chunk)
+    found = torch.autograd.grad((logp * scales).sum(), leaves)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float() / 0.7
     whole = torch.distributions.Categorical(logits=logits)
     assert not entropy.requires_grad and logp.dtype == entropy.dtype == torch.float32
     assert torch.allclose(logp, whole.log_prob(targets), atol=3 * tolerance)

@@ -51,10 +51,12 @@ def test_two_ranks_have_the_loss_and_gradients_of_one(tmp_path):
     for name, arguments in CASES.items():
         ours, theirs = load_file(tmp_path / f"{name}.safetensors"), gradients(*arguments)
         assert ours.keys() == theirs.keys() and ours["1.loss"] != 0
-        close = 2e-3 if name == "bfloat16" else 1e-5
         for key in theirs:
-            assert torch.allclose(ours[key].float(), theirs[key].float(), atol=close, rtol=1e-5), (name, key)
-        assert max(theirs[key].abs().max() for key in theirs if key.endswith("proj.weight")) > 10 * close
+            if name == "bfloat16":  # two ranks take each pack's gradient in bfloat16
+                assert (ours[key] - theirs[key]).float().norm() < 0.03 * theirs[key].float().norm() + 1e-3, key
+            else:
+                assert torch.allclose(ours[key].float(), theirs[key].float(), atol=1e-5, rtol=1e-5), (name, key)
+        assert max(theirs[key].abs().max() for key in theirs if key.endswith("proj.weight")) > 0.02
 
 
 def test_two_ranks_train_as_one_and_one_continues_what_two_began(flags, uncut, whole, tmp_path):

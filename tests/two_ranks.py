@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 import grpo
 from fork_server import signal_when
 from plumbing import checkpoints, ranks
-from plumbing.policy import named_weights, shard
+from plumbing.optimizer import MasterAdamW, frozen_copy
+from plumbing.policy import cast, named_weights, shard
 from test_grpo import make_samples, nudged, tiny_model
 
 
-def gradients(ratio, compute_dtype=None):
+def gradients(ratio, dtype=torch.float32, each_pack=False):
     """{name: tensor} of loss, statistics and gradients of the first step, and the weights after a second one.
 
     Plain gradient descent at learning rate 1 leaves the gradient as the difference of weights. 3 packs and 2 ranks: in the
@@ -28,10 +29,13 @@ def gradients(ratio, compute_dtype=None):
     policy, reference = tiny_model(1), nudged(tiny_model(1), 2).requires_grad_(False)
     before = {name: weight.clone() for name, weight in named_weights(policy)}
     if ranks.size() > 1:
-        shard(policy, "cpu", torch.float32, offload=False)
-        shard(reference, "cpu", torch.float32, offload=False)
-    policy.compute_dtype = reference.compute_dtype = compute_dtype
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1)
+        shard(policy, "cpu", dtype, each_pack)
+        shard(cast(reference, dtype), "cpu", dtype)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1)
+    else:
+        reference = frozen_copy(reference, dtype, "cpu")
+        optimizer = MasterAdamW(policy.parameters(), "cpu", "cpu", dtype)
+        optimizer.adamw = torch.optim.SGD(optimizer.masters.values(), lr=1)
     params, found = grpo.LossParams(kl_coef=0.1), {}
     for step in (1, 2):
         samples = make_samples(step)
@@ -39,14 +43,15 @@ def gradients(ratio, compute_dtype=None):
             sample.old_prompt_ids = [3, *sample.prompt_ids] if ratio == "unbiased" else sample.prompt_ids
             sample.importance = torch.linspace(0.5, 1.5, len(sample.response_ids))
         stats = grpo.update(policy, optimizer, [samples], params, reference=reference, token_budget=60, max_grad_norm=1e9)
-        after = {name: weight.clone() for name, weight in named_weights(policy)}
+        masters = getattr(optimizer, "masters", {})
+        after = {name: weight.clone() for name, weight in named_weights(policy, dtype=torch.float32, masters=masters)}
         found |= {f"{step}.{name}": before[name] - weight for name, weight in after.items()}
         found |= {f"{step}.{name}": torch.tensor(value) for name, value in stats.items()}
     return found
 
 
 def write_gradients(folder):
-    """Write what `gradients` finds for both ratios, and in bfloat16."""
+    """Write what `gradients` finds for each of CASES."""
     ranks.join("cpu")
     for name, arguments in CASES.items():
         found = gradients(*arguments)
@@ -54,7 +59,8 @@ def write_gradients(folder):
             save_file(found, Path(folder) / f"{name}.safetensors")
 
 
-CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", torch.bfloat16)}
+CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", torch.bfloat16),
+         "each pack": ("plain", torch.float32, True)}
 
 
 def wait_for_a_judge(folder):
@@ -76,7 +82,7 @@ def fill_the_disk(folder):
     import resource
 
     ranks.join("cpu")
-    policy = shard(tiny_model(1), "cpu", torch.float32, offload=False)
+    policy = shard(tiny_model(1), "cpu", torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters())
     checkpoints.save(folder, 1, policy, optimizer, keep=1)
     if not ranks.leader():
