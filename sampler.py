@@ -16,20 +16,11 @@ tokens, report log-probabilities before temperature, and change how float32 is m
 """
 
 import hashlib
-import importlib.util
-import logging
-import os
-import tempfile
-import warnings
 from dataclasses import dataclass, field
 
 import torch
 
-from plumbing import ranks
-
-MAX_NUM_SEQS = 256  # sequences in flight
-CPU_MAX_NUM_SEQS = 128
-CPU_BLOCK = 128  # tokens of key-value cache that a sequence gets at a time
+from plumbing.vllm_setup import config_folder, engine_options, import_vllm, refusal
 
 
 @dataclass(frozen=True)
@@ -60,44 +51,6 @@ def address_seed(*address):
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def vllm_obstacle(device):
-    """Why vLLM cannot sample beside a policy on `device` ("cpu" or "cuda"), or None where it can."""
-    if importlib.util.find_spec("vllm") is None:
-        return "vllm is not installed"
-    try:
-        runs_on = _import_vllm().platforms.current_platform.device_type
-    except Exception as error:  # a build that does not fit this machine can fail in any way while it is imported
-        return f"vllm does not import: {' '.join(str(error).split())[:200]}"
-    return None if runs_on == device else f"this vllm runs on {runs_on or 'no device'}, the policy is on {device}"
-
-
-def _import_vllm():
-    """The vllm package, told to run its engine in this process and to be quiet; seconds the first time."""
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # bound threads would be stuck on a core that is busy
-    os.environ.update({**settings, **os.environ})  # what is set already stays
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    import vllm.platforms
-    import vllm.sampling_params
-
-    return vllm
-
-
-def kv_bytes_per_token(config, dtype):
-    """Bytes of key-value cache that a token takes in a model of this (transformers) config."""
-    config = config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize
-
-
-def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs):
-    """Key-value cache of an engine on a CPU: for so many of the longest sequences up to 512 MiB, but at least for two."""
-    sequence = kv_bytes_per_token(config, dtype) * -(-max_model_len // CPU_BLOCK) * CPU_BLOCK
-    sequences = min(max_num_seqs, CPU_MAX_NUM_SEQS) + 1  # one more, since vLLM reserves a block that holds nothing
-    return max(2 * sequence, min(sequences * sequence, 1 << 29))
-
-
 class VLLMSampler:
     """vLLM's engine in this process, driven step by step.
 
@@ -106,38 +59,24 @@ class VLLMSampler:
     so much is free. max_num_seqs: most sequences in flight. Raises ValueError for a model or a machine that vLLM refuses.
     """
 
-    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5, max_num_seqs=MAX_NUM_SEQS):
-        self._vllm = _import_vllm()
-        self.stop_ids, self.dtype, self.max_model_len = list(stop_ids), dtype, max_model_len
-        self.on_gpu = self._vllm.platforms.current_platform.device_type == "cuda"
-        options = {"max_num_seqs": min(max_num_seqs, MAX_NUM_SEQS if self.on_gpu else CPU_MAX_NUM_SEQS)}
-        if self.on_gpu:
-            free, there = torch.cuda.mem_get_info()  # vLLM wants all of its share to be free
-            options |= {"gpu_memory_utilization": min(gpu_memory, 0.98 * free / there), "enable_sleep_mode": True}
-        else:
+    def __init__(self, config, stop_ids, dtype=torch.float32, max_model_len=2048, gpu_memory=0.5, max_num_seqs=512):
+        self._vllm = import_vllm()
+        self.stop_ids, self.dtype, self.max_model_len, self._asleep = list(stop_ids), dtype, max_model_len, False
+        device = self._vllm.platforms.current_platform.device_type
+        self.on_gpu = device == "cuda"
+        if not self.on_gpu:
             torch._dynamo.config.disable = True  # compiling for a minute would not pay
-            options |= {"kv_cache_memory_bytes": cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs),
-                        # Chunked prefill wants to rewind a prompt's random generator, which a CPU's cannot.
-                        "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len),
-                        "enforce_eager": True}
-        if ranks.size() > 1:  # the engine's workers are the ranks that are there already
-            options |= {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
+        options = engine_options(config, device, dtype, max_model_len, max_num_seqs, gpu_memory)
+        folder = config_folder(config)
         precision, threads = torch.backends.mkldnn.matmul.fp32_precision, torch.get_num_threads()
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            try:
-                self._llm = self._vllm.LLM(
-                    folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
-                    dtype=str(dtype).removeprefix("torch."), max_model_len=max_model_len,
-                    logprobs_mode="processed_logprobs", disable_log_stats=True, **options)
-                self._asleep = False
-                list(self.sample([[0]], [0], SamplingParams(1)))  # some models are refused only when they run
-            except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
-                raise ValueError(f"vllm refuses this model or machine: {' '.join(str(error).split())[:300]} "
-                                 "(--sampler transformers needs no vllm)") from None
-            finally:
-                torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set them
-                torch.set_num_threads(threads)
+        try:
+            self._llm = self._vllm.LLM(folder, **options)
+            list(self.sample([[0]], [0], SamplingParams(1)))  # some models are refused only when they run
+        except Exception as error:  # whatever vLLM and its kernels raise: the model or the machine does not fit
+            raise refusal(error) from error
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = precision  # of the whole process, and vLLM has set them
+            torch.set_num_threads(threads)
 
     def sync(self, weights):
         """Take over `weights`, a stream of (name, tensor) with the policy's own names. A tied output layer comes twice, as

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge import Judge, score
 from plumbing.policy import cpu_dtype, load_policy, multiply_with_onednn, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler
-from sampler import SamplingParams, VLLMSampler, address_seed, vllm_obstacle
+from plumbing.vllm_setup import vllm_obstacle
+from sampler import SamplingParams, VLLMSampler, address_seed
 from scaffold import choose_criteria, scaffold_messages
 from tasks import load_tasks
 

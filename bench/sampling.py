@@ -21,8 +21,9 @@ from transformers import GenerationConfig
 
 from plumbing.policy import cpu_dtype, keep_freed_memory, load_policy, multiply_with_onednn, named_weights
 from plumbing.transformers_sampler import TransformersSampler
+from plumbing.vllm_setup import vllm_obstacle
 from ruscarl import make_rollouts
-from sampler import SamplingParams, VLLMSampler, vllm_obstacle
+from sampler import SamplingParams, VLLMSampler
 from scaffold import group_ratios
 from tasks import load_tasks
 

@@ -9,7 +9,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from plumbing.chat import Server
 from plumbing.ranks import complain
 from plumbing.runs import saved_config
 from plumbing.terminal import one_line, uncaught
@@ -101,6 +100,8 @@ class Config:
 
     def server(self, name):
         """The Server of judge, proposer or verifier, or None where no URL is given. Raises ValueError, naming the flag."""
+        from plumbing.chat import Server  # it imports requests, which an update does without
+
         return Server.checked(name, *(getattr(self, f"{name}_{part}") for part in ("url", "model", "extra")))
 
     def connect(self, name, ranks=1, **options):

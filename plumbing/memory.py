@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from plumbing import packs
-from sampler import cpu_cache_bytes, kv_bytes_per_token
+from plumbing.vllm_setup import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
 # Interpreter, torch and transformers; and what vllm adds. Measured on CPU; on a GPU, contexts and CUDA graphs, estimated.
@@ -79,7 +79,7 @@ def adapter_parameters(model_config, rank):
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
-def update_parts(config, model_config, dtype, question):
+def update_parts(config, model_config, gpu, dtype, question):
     """Parts for the forward and backward pass of the largest pack, whose question has so many tokens."""
     pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
                min(config.token_budget, question + config.group_size * config.max_new_tokens))
@@ -105,7 +105,8 @@ def update_parts(config, model_config, dtype, question):
         total = text.num_hidden_layers * tokens * text.hidden_size * dtype.itemsize + layer
     # Logits, their exponentials, and as they were multiplied; the output layer's gradient before it is added to the others,
     # and in half precision once more as it was multiplied.
-    logits = (3 * packs.CHUNK + (1 if dtype == torch.float32 else 2) * text.hidden_size) * text.vocab_size * 4
+    chunk, matrices = packs.CHUNK["cuda" if gpu else "cpu"], 1 if dtype == torch.float32 else 2
+    logits = (3 * chunk + matrices * text.hidden_size) * text.vocab_size * 4
     return [Part(f"activations of {pack:,} tokens", total, when="update"),
             Part("temporary buffers", layer + logits, when="update")]
 
@@ -162,7 +163,7 @@ def parts(config, model_config, device, vllm, layout, dtype, longest=None):
     gpu, P = device == "cuda", sum(parameter_sizes(model_config))
     question, prompt = longest or (config.max_prompt_tokens, config.max_prompt_tokens)
     result = policy_parts(config, model_config, gpu, layout, dtype)
-    result += update_parts(config, model_config, dtype, prompt if config.ratio == "scaffolded" else question)
+    result += update_parts(config, model_config, gpu, dtype, prompt if config.ratio == "scaffolded" else question)
     result += sampler_parts(config, model_config, gpu, vllm, dtype, P, prompt)
     libraries = LIBRARIES["host"] + LIBRARIES["vllm"] * vllm
     result.append(Part("interpreter and libraries", libraries, "host" if gpu else "device"))

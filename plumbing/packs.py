@@ -135,10 +135,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 ATTENTION = "packed"  # the name of packed_attention as a model's attn_implementation
 AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-CHUNK = 256  # response tokens whose logits exist at a time
+CHUNK = {"cpu": 256, "cuda": 2048}  # response tokens whose logits exist at a time; each reads the output layer once
 
 
-def response_logprobs(model, pack, temperature=1.0, chunk=CHUNK):
+def response_logprobs(model, pack, temperature=1.0, chunk=None):
     """(log-probability of each response token, entropy of its distribution): float32 [response tokens] each.
 
     Conditions on the pack's question. Logits are divided by `temperature`: this is the distribution that was sampled from.
@@ -155,7 +155,7 @@ def _response_logprobs(model, pack, temperature, chunk):
     hidden = model.base_model(input_ids=pack.ids, position_ids=pack.positions, pack=pack, use_cache=False,
                               attention_mask=pack.ids.new_empty(1, 1, 0, 0)).last_hidden_state[0]  # [tokens, width]
     hidden = hidden[pack.logit_at]  # [response tokens, width]
-    head = model.get_output_embeddings()
+    head, chunk = model.get_output_embeddings(), chunk or CHUNK[hidden.device.type]
     return TargetLogprobs.apply(hidden, head.weight, head.bias, pack.targets, temperature, chunk)
 
 

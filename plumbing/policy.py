@@ -289,6 +289,15 @@ def multiply_with_onednn():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
+def choose_kernels(device):
+    """Have torch multiply by `multiply_with_onednn` on a CPU, and on a GPU leave out cuDNN's attention, which plans anew for
+    each new length of a question."""
+    if device == "cpu":
+        multiply_with_onednn()
+    else:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def checkpoint_gradients(policy):
     """Have `policy` keep only the input of each layer for the backward pass, and compute the rest again there."""
     policy.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,12 +15,12 @@ from plumbing.optimizer import frozen_copy, make_optimizer
 from plumbing.policy import (
     cast,
     checkpoint_gradients,
+    choose_kernels,
     cpu_dtype,
     keep_freed_memory,
     load_config,
     load_on_ranks,
     load_policy,
-    multiply_with_onednn,
     named_weights,
     prompt_ids,
     shard,
@@ -30,7 +30,8 @@ from plumbing.rules import rule_from_tags
 from plumbing.runs import Run
 from plumbing.terminal import say
 from plumbing.transformers_sampler import TransformersSampler
-from sampler import SamplingParams, VLLMSampler, vllm_obstacle
+from plumbing.vllm_setup import vllm_obstacle
+from sampler import SamplingParams, VLLMSampler
 from scaffold import scaffold_messages
 from tasks import digest, load_tasks, split_tasks
 
@@ -145,7 +146,7 @@ def make_sampler(config, policy, tokenizer, **limits):
     device, stops = choose_device(config), stop_ids(policy, tokenizer)
     dtype, (vllm, why) = computing_dtype(config, device), choose_sampler(config, device)
     precision = str(dtype).removeprefix("torch.")
-    multiply_with_onednn()
+    choose_kernels(device)
     if vllm:
         try:
             sampler = VLLMSampler(policy.config, stops, dtype, **limits)

@@ -10,7 +10,7 @@ from transformers import Qwen2Config
 from conftest import ROOT, RUN, command, needs_vllm
 from plumbing import memory
 from plumbing.config import parse_training
-from sampler import kv_bytes_per_token
+from plumbing.vllm_setup import kv_bytes_per_token
 
 SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1",
          "--group-size", "4"]

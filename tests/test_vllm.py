@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
-import sampler as vllm_sampler
 from conftest import RUN, command, needs_vllm, tiny_model, tiny_tokenizer
-from plumbing import lora
+from plumbing import lora, vllm_setup
 from plumbing.policy import load_policy, named_weights, prompt_ids, stop_ids
 from plumbing.transformers_sampler import TransformersSampler, filtered_logprobs
-from sampler import CPU_BLOCK, SamplingParams, VLLMSampler, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
+from plumbing.vllm_setup import CPU_BLOCK, cpu_cache_bytes, kv_bytes_per_token, vllm_obstacle
+from sampler import SamplingParams, VLLMSampler
 
 pytestmark = needs_vllm
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [5, 6, 7, 8, 9, 10, 11]]
@@ -85,7 +85,7 @@ def test_a_fresh_engine_is_not_the_policy_and_bfloat16_stays_close(float32_produ
 def test_sequences_that_the_cache_cannot_hold_are_put_off_and_come_out_the_same(monkeypatch):
     model, blocks = tiny_model(1), []
     per_token = kv_bytes_per_token(model.config, torch.float32)
-    monkeypatch.setattr(vllm_sampler, "cpu_cache_bytes", lambda *_: blocks.append(4) or 4 * CPU_BLOCK * per_token)
+    monkeypatch.setattr(vllm_setup, "cpu_cache_bytes", lambda *_: blocks.append(4) or 4 * CPU_BLOCK * per_token)
     sampler = VLLMSampler(model.config, [], torch.float32, max_model_len=2 * CPU_BLOCK)
     assert blocks
     sampler.sync(named_weights(model))
@@ -95,6 +95,27 @@ def test_sequences_that_the_cache_cannot_hold_are_put_off_and_come_out_the_same(
         assert together[i].token_ids == sample(sampler, [prompt], [i], max_new_tokens=200)[0].token_ids
     trained = grpo.sample_logprobs(model, prompts, [r.token_ids for r in together], 2000)
     assert all((torch.tensor(r.logprobs) - t).abs().max() < 1e-4 for r, t in zip(together, trained, strict=True))
+    sampler.close()
+
+
+@pytest.mark.slow(10)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_biases_of_queries_keys_and_values_are_synced(tied):
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=400, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.1, eos_token_id=1, bos_token_id=0)).eval()
+    biases = [p for name, p in model.named_parameters() if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
+    assert len(biases) == 6
+    move(model)  # transformers begins with biases of 0
+    sampler = VLLMSampler(model.config, [STOP], torch.float32, max_model_len=256)
+    sampler.sync(named_weights(model))
+    assert gaps(sampler, model).max() < 1e-4
+    for parameter in biases:
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert gaps(sampler, model).mean() > 0.1  # stale in the biases alone
+    sampler.sync(named_weights(model))
+    assert gaps(sampler, model).max() < 1e-4
     sampler.close()
 
 

@@ -5,7 +5,7 @@ import importlib
 import os
 import runpy
 
-from sampler import vllm_obstacle
+from plumbing.vllm_setup import vllm_obstacle
 
 if vllm_obstacle("cpu") is None:  # it sets what vllm has to know before it is imported
     for name in ("entrypoints.llm", "entrypoints.openai.api_server", "v1.engine.llm_engine", "v1.executor.uniproc_executor",

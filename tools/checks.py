@@ -136,16 +136,19 @@ def check_sync(config, policy, sampler, held_out, tokenizer):
     if other < 0.2 or (most > 1e-4 if exact else mean > 0.1):
         raise ValueError(f"--check-sync: the sampler does not follow the policy: {found}")
     say(f"check-sync: {found}")
+    sampler.sync(named_weights(policy))  # awake again
 
 
 def sampler_gap(config, policy, sampler, prompts, weights):
-    """(mean, maximum) of |trainer's - sampler's log-probability| over tokens of short responses, sampled with `weights`."""
+    """(mean, maximum) of |trainer's - sampler's log-probability| over tokens of short responses, sampled with `weights`. The
+    sampler sleeps afterwards: the trainer scores the responses, for which --plan counts no sampler on a GPU."""
     sampler.sync(weights)
     own = ranks.share(list(enumerate(prompts)))
     params = SamplingParams(min(32, config.max_new_tokens), config.temperature, logprobs=True)
     seeds = [address_seed(config.seed, "probe", i) for i, _ in own]
     drawn = [(own[r.index][1], r) for r in sampler.sample([ids for _, ids in own], seeds, params)]
     drawn = [pair for part in ranks.gather(drawn) for pair in part]
+    sampler.sleep()
     logps = sample_logprobs(policy, [ids for ids, _ in drawn], [r.token_ids for _, r in drawn], config.token_budget,
                             config.temperature)
     gaps = torch.cat([(torch.tensor(r.logprobs) - logp).abs() for (_, r), logp in zip(drawn, logps)])
