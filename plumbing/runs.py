@@ -417,8 +417,9 @@ def _tracker(name, folder, config):
     if name == "trackio":
         import trackio
 
-        return trackio.init(project="ruscarl", name=config.name, config=dataclasses.asdict(config),
-                            resume="allow" if config.resume else "never").log
+        run = trackio.init(project="ruscarl", name=config.name, config=dataclasses.asdict(config),
+                           resume="allow" if config.resume else "never")
+        return lambda numbers, step: run.log({k: v for k, v in numbers.items() if k != "step"}, step)  # a key of its own
     if name == "wandb":
         import wandb
 

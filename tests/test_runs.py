@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -85,6 +87,24 @@ def test_a_run_has_one_writer(server, flags, tmp_path):
     server.answers = lambda body, n: good
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--resume")
     assert status == 0 and len((folder / "metrics.jsonl").read_text().splitlines()) == 3, err
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_trackio_is_called_as_it_wants(tmp_path, monkeypatch, resumed):
+    sent = []
+
+    class Run:
+        def log(self, metrics, step):
+            sent.append((metrics, step))
+
+    def init(project, name, config, resume):
+        sent.append((project, name, config["steps"], resume))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init))
+    send = runs._tracker("trackio", tmp_path, config.Config(name="mine", steps=7, resume=resumed))
+    send({"step": 3, "loss": 0.5}, 3)
+    assert sent == [("ruscarl", "mine", 7, "allow" if resumed else "never"), ({"loss": 0.5}, 3)]
 
 
 def test_two_that_start_a_run_at_the_same_time(tmp_path):
