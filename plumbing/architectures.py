@@ -47,24 +47,35 @@ WIDTHS = {"hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim":
 def examine(config):
     """Traits of a model of this (transformers) config; tried once in a process. Raises ValueError, in one line, where
     log-probabilities would not be the model's own."""
-    return _examine(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    return _examine(*_settings(config))[0]
+
+
+def tiny_model(config, attention=None):
+    """A tiny model of the same architecture, whose random weights are the same each time. attention: attn_implementation."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        return _tiny_model(*_settings(config), _examine(*_settings(config))[1], attention)[0]
+
+
+def _settings(config):
+    return type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
 
 
 @functools.cache
 def _examine(kind, settings):
     if kind(**json.loads(settings)).is_encoder_decoder:
         raise ValueError("an encoder-decoder model; only decoders can be trained")
-    found, why = [], ""
-    for wider in (1, 2, None):  # a scaling can depend on a width: two tiny models must agree, else the true width decides
+    why = ""
+    for wider in (1, 2, None):  # None: the true widths, for a model whose parts do not fit each other when they are shrunk
         try:
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-                found.append(_traits(kind, settings, wider))
+                found = _traits(kind, settings, wider)
+                # A scaling can depend on a width.
+                if wider is None or _output(_tiny_model(kind, settings, 3, "eager")[0]) == (found.scale, found.softcap):
+                    return found, wider
         except Refused:
             raise
         except Exception as error:  # sizes that do not fit each other can fail in any way
             why = one_line(str(error))[:200]
-        if len(found) == 2 and found[0] == found[1] or found and wider is None:
-            return found[-1]
     raise ValueError(f"its architecture cannot be tried out in small: {why}")
 
 
@@ -99,7 +110,7 @@ def _shrink(settings, wider, lengths):
     kinds = {}  # one layer of each kind
     for i in range(count):
         kinds.setdefault(str([value[i] for value in per_layer.values()]), i)
-    layers = sorted(kinds.values())[:6] if per_layer else list(range(min(count, 4)))
+    layers = sorted(kinds.values())[:6]
     layers = layers * 2 if len(layers) == 1 else layers
     heads, width = settings.get("num_attention_heads"), settings.get("head_dim")
     width = width or (settings.get("hidden_size") or 0) // (heads or 1)
@@ -116,6 +127,8 @@ def _shrink(settings, wider, lengths):
             settings[name] = value[: 8 * wider]
         elif name == "attn_logit_softcapping" and value:
             settings[name] = 1.0  # shows in small scores, too
+        elif name == "tie_word_embeddings":
+            settings[name] = False  # a random tied model repeats its last token, whatever its attention does
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):

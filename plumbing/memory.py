@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from plumbing import packs
+from plumbing.architectures import examine
 from sampler import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
@@ -60,9 +61,10 @@ def pinned_bytes(sizes, ranks):
 
 def update_parts(config, model_config, gpu, dtype, question):
     """Parts for the forward and backward pass of the largest pack, whose question has so many tokens."""
-    pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
-               min(config.token_budget, question + config.group_size * config.max_new_tokens))
-    number = config.group_size  # as many responses as can be: each keeps the question's keys and values once more
+    pack, traits = question + config.max_new_tokens, examine(model_config)
+    number = config.group_size if pack <= traits.limit else 1  # each keeps the question's keys and values once more
+    if number > 1:  # at least one response, at most a group's
+        pack = max(pack, min(config.token_budget, question + number * config.max_new_tokens))
     each = -(-(pack - question) // number)
     tokens, text, kept = question + number * each, model_config.get_text_config(), {}
     autocast = None if gpu or dtype == torch.float32 else dtype
@@ -75,12 +77,13 @@ def update_parts(config, model_config, gpu, dtype, question):
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=weights_dtype,
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=traits.attention, dtype=weights_dtype,
                                                  trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         model.compute_dtype = autocast
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            packs.response_logprobs(model, packs.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0])
+            prompts, responses = [[0] * question] * number, [[0] * each] * number
+            packs.response_logprobs(model, packs.make_packs(prompts, responses, tokens, traits)[0])
         total = sum(storage.nbytes() for storage in kept.values())
     layer = total / text.num_hidden_layers
     if config.gradient_checkpointing:  # only each layer's input is kept, and one layer at a time is computed again

@@ -176,7 +176,7 @@ def shard(model, device, dtype, offload):
     options = {"mesh": init_device_mesh(device, (ranks.size(),)),
                "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
                "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=device == "cuda") if offload else fsdp.OffloadPolicy()}
-    for layer in model.base_model.layers:
+    for layer in next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)):
         fsdp.fully_shard(layer, **options)
     fsdp.fully_shard(model, reshard_after_forward=True, **options)  # else a forward pass leaves it gathered, and rounded
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from judge import ChatJudge, Judge, SelfJudge
 from plumbing import memory, ranks
+from plumbing.architectures import examine
 from plumbing.policy import (
     checkpoint_gradients,
     cpu_dtype,
@@ -99,13 +100,16 @@ def drop_long(config, tasks, tokenizer):
 def check_context(config, model_config):
     """How many tokens a policy that judges itself may read: the longest prompt, its response, and what a judge is told.
 
-    Raises ValueError where the model's context is shorter than the longest prompt with its response.
+    Says where the model's attention costs time: responses that cannot share the question's row. Raises ValueError where the model's context is shorter than the longest prompt with its response.
     """
     context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
     longest = config.max_prompt_tokens + config.max_new_tokens
     if longest > context:
         raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
                          f"{context} tokens")
+    if longest > (limit := examine(model_config).limit):
+        say(f"{model_config.model_type}: {f'sequences of more than {limit:,} tokens' if limit else 'responses'} are computed one "
+            "a row, each with its question: its attention does not let them share one")
     return min(context, longest + longest // 4 + JUDGE_ROOM)  # a judge reads it as JSON, with quotes and line ends escaped
 
 
