@@ -28,20 +28,15 @@ PROMPT, SHORT = [5, 6, 7], [(11, 12, 13, 14, 15), (31, 32, 33, 34)]  # as long a
 LONG = [(11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23), (31, 32, 33, 34, 35, 36, 37, 38, 39)]
 LARGEST = 1e9  # parameters of a model that is tried
 LENGTHS = re.compile(r"window|chunk|block_size|local_attention|original_max_position|index_topk|extent|floor_scale")
-# A tiny model's sizes, where the real one's are larger. Widths grow with `wider`, counts do not.
-COUNTS = {"vocab_size": 96, "vocab_size_per_layer_input": 96, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
-          "moe_num_experts": 8, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 2, "topk_group": 1,
-          "intermediate_size": 64, "ffn_hidden_size": 64, "n_inner": 64, "ffn_dim": 64, "moe_intermediate_size": 32,
-          "shared_expert_intermediate_size": 32, "intermediate_size_mlp": 64, "moe_shared_expert_intermediate_size": 32,
-          "expert_ffn_hidden_size": 32, "shared_intermediate_size": 32, "dense_intermediate_size": 64}
-HEADS = {"num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 8, "mamba_n_heads": 8, "mamba_num_heads": 8,
-         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "index_n_heads": 2, "n_groups": 2, "mamba_n_groups": 2}
-WIDTHS = {"hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "head_dim": 16, "mamba_d_head": 16,
-          "mamba_head_dim": 16, "mamba_d_ssm": 128, "mamba_dt_rank": 4, "time_step_rank": 4, "state_size": 16,
-          "mamba_d_state": 16, "ssm_state_size": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "q_lora_rank": 32,
-          "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "v_head_dim": 12,
-          "index_head_dim": 16, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "lru_width": 64, "rotary_dim": 8,
-          "kv_channels": 16, "attention_hidden_size": 64}
+# A tiny model's sizes, where the real one's are larger: (size, of what). COUNTS stay where true widths are tried, too.
+COUNTS = ((96, r"vocab_size\w*"), (64, r"\w*intermediate_size\w*|(expert_)?ffn_hidden_size|n_inner|ffn_dim"),
+          (8, r"(moe_)?num_(local_)?experts|n_routed_experts"), (2, r"num_experts_per_tok(en)?|moe_(top)?k|n_group"),
+          (1, r"topk_group"))
+HEADS = ((8, r"(mamba_)?(n|num)_heads|num_heads"), (4, r"(num_)?attention_heads|n_head|linear_num_value_heads"),
+         (2, r"linear_num_key_heads|index_n_heads|(mamba_)?n_groups"))
+WIDTHS = ((128, r"mamba_d_ssm"), (64, r"hidden_size|n_embd|d_model|word_embed_proj_dim|lru_width|attention_hidden_size"),
+          (32, r"q_lora_rank"), (12, r"v_head_dim"), (8, r"qk_(rope|nope)_head_dim|rotary_dim|laurel_rank|\w+_rank"),
+          (16, r"(\w+_)?head_dim|mamba_d_(head|state)|\w*state_size|kv_channels|hidden_size_per_layer_input"))
 
 
 def examine(config):
@@ -62,7 +57,7 @@ def _settings(config):
 
 @functools.cache
 def _examine(kind, settings):
-    if kind(**json.loads(settings)).is_encoder_decoder:
+    if kind.from_dict(json.loads(settings)).is_encoder_decoder:
         raise ValueError("an encoder-decoder model; only decoders can be trained")
     why = ""
     for wider in (1, 2, None):  # None: the true widths, for a model whose parts do not fit each other when they are shrunk
@@ -90,11 +85,11 @@ def _tiny_model(kind, settings, wider, attention=None):
     _shrink(settings, wider, lengths)
     options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(kind(**settings), **options).parameters())
+        size = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options).num_parameters()
     if size > LARGEST:
         raise ValueError(f"that takes {size:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**settings), **options).eval()
+    model = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # large enough for attention to matter
             noise = torch.randn_like(parameter)
@@ -106,7 +101,7 @@ def _shrink(settings, wider, lengths):
     """Shrink a config's dict in place; append the tokens that each of its windows holds to `lengths`."""
     count = next((settings[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
                   if isinstance(settings.get(name), int)), 0)
-    per_layer = {name: value for name, value in settings.items() if isinstance(value, list) and count and len(value) == count}
+    per_layer = {name: value for name, value in settings.items() if isinstance(value, list) and 0 < len(value) == count}
     kinds = {}  # one layer of each kind
     for i in range(count):
         kinds.setdefault(str([value[i] for value in per_layer.values()]), i)
@@ -121,10 +116,12 @@ def _shrink(settings, wider, lengths):
     for name, value in settings.items():
         if name in per_layer:
             settings[name] = [value[i] for i in layers]
+        elif isinstance(value, dict) and value and all(key.isdigit() for key in value):  # of some layers
+            settings[name] = {str(layers.index(int(i))): of for i, of in value.items() if int(i) in layers}
         elif isinstance(value, dict):
             _shrink(value, wider, lengths)
         elif isinstance(value, list) and name in ("short_factor", "long_factor") and wider:
-            settings[name] = value[: 8 * wider]
+            settings[name] = value[:: max(1, width // (16 * wider))]
         elif name == "attn_logit_softcapping" and value:
             settings[name] = 1.0  # shows in small scores, too
         elif name == "tie_word_embeddings":
@@ -138,16 +135,18 @@ def _shrink(settings, wider, lengths):
         elif LENGTHS.search(name) and value > WINDOW and "layers" not in name:
             lengths.append(value)
             settings[name] = WINDOW
+        elif name == "num_kv_shared_layers":
+            settings[name] = 0
         elif name.endswith("token_id"):
             settings[name] = min(value, 1)
-        elif name in COUNTS:
-            settings[name] = min(value, COUNTS[name])
-        elif wider and name in HEADS:
-            settings[name] = min(value, HEADS[name])
-        elif wider and name == "head_dim" and value == rotated:  # of latent attention
-            settings[name] = WIDTHS["qk_rope_head_dim"] * wider
-        elif wider and name in WIDTHS:
-            settings[name] = min(value, WIDTHS[name] * wider)
+        elif size := _size(name, COUNTS) or (wider and _size(name, HEADS)):
+            settings[name] = min(value, size)
+        elif wider and (size := _size("qk_rope_head_dim" if (name, value) == ("head_dim", rotated) else name, WIDTHS)):
+            settings[name] = min(value, size * wider)
+
+
+def _size(name, sizes):
+    return next((size for size, names in sizes if re.fullmatch(names, name)), None)
 
 
 def _traits(kind, settings, wider):

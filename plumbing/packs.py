@@ -91,7 +91,7 @@ def _make_row(prompt, response, member, traits):
     """The whole sequence, its last token included: some models choose rotary frequencies by its length."""
     ids, nothing = torch.tensor([[*prompt, *response]]), torch.empty(0, dtype=torch.long)
     at = torch.arange(ids.shape[1])
-    return Pack(ids, at[None], nothing, nothing, at[len(prompt) - 1 : -1], ids[0, len(prompt) :], [member], traits, alone=True)
+    return Pack(ids, at[None], nothing, nothing, at[len(prompt) - 1 : -1], ids[0, len(prompt) :], [member], traits, True)
 
 
 def _make_pack(prompt, members, responses, traits):

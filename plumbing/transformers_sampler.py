@@ -17,7 +17,6 @@ from transformers.masking_utils import sdpa_mask
 from plumbing.architectures import PROMPT, TOLERANCE, WINDOW, examine, own_logprobs, tiny_model
 from plumbing.packs import forget_lengths
 from plumbing.policy import cast
-from plumbing.terminal import say
 from sampler import Response, SamplingParams
 
 
@@ -96,7 +95,8 @@ def _is_right(config, attention, new_tokens):
     """Whether a batch with a cache gives a tiny model's own log-probabilities."""
     exact, model = tiny_model(config, "eager"), tiny_model(config, examine(config).attention)
     # Two batches, each with padding and with equal prompts; every eighth token ends a response.
-    prompts = [PROMPT * 4, PROMPT * 4, PROMPT * 3, PROMPT, PROMPT, PROMPT[:2]] if new_tokens > WINDOW else [PROMPT, PROMPT[:2]]
+    prompts = [PROMPT, PROMPT, PROMPT[:2]]
+    prompts = [PROMPT * 4, PROMPT * 4, PROMPT * 3, *prompts] if new_tokens > WINDOW else prompts
     sampler = TransformersSampler(model, range(0, 96, 8), max_batch_tokens=3 * (len(prompts[0]) + new_tokens),
                                   tried=(examine(config), attention, math.inf))
     try:
@@ -117,9 +117,6 @@ class TransformersSampler:
     def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu", tried=None):
         self.traits, attention, self.cached_to = tried or (
             examine(model.config), *way_to_sample(model.config, torch.device(device).type))
-        if self.cached_to < math.inf:
-            say(f"sampler: transformers cannot batch {'more than {:,} tokens of '.format(self.cached_to) if self.cached_to else ''}"
-                f"{model.config.model_type}: they are sampled one response at a time, slowly (--sampler vllm may be faster)")
         self.model = cast(copy.deepcopy(model), dtype).to(device).eval().requires_grad_(False)
         if attention:
             self.model.set_attn_implementation(attention)
