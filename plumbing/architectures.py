@@ -32,7 +32,7 @@ LENGTHS = re.compile(r"window|chunk|block_size|local_attention|original_max_posi
 COUNTS = ((96, r"vocab_size\w*"), (64, r"\w*intermediate_size\w*|(expert_)?ffn_hidden_size|n_inner|ffn_dim"),
           (8, r"(moe_)?num_(local_)?experts|n_routed_experts"), (2, r"num_experts_per_tok(en)?|moe_(top)?k|n_group"),
           (1, r"topk_group"))
-HEADS = ((8, r"(mamba_)?(n|num)_heads|num_heads"), (4, r"(num_)?attention_heads|n_head|linear_num_value_heads"),
+HEADS = ((8, r"(mamba_)?(n|num)_heads|num_heads"), (4, r"(num_)?attention_heads|n_head|linear_num(_value)?_heads"),
          (2, r"linear_num_key_heads|index_n_heads|(mamba_)?n_groups"))
 WIDTHS = ((128, r"mamba_d_ssm"), (64, r"hidden_size|n_embd|d_model|word_embed_proj_dim|lru_width|attention_hidden_size"),
           (32, r"q_lora_rank"), (12, r"v_head_dim"), (8, r"qk_(rope|nope)_head_dim|rotary_dim|laurel_rank|\w+_rank"),
@@ -132,6 +132,9 @@ def _shrink(settings, wider, lengths):
             settings[name] = len(layers)
         elif name in ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "num_query_groups") and wider:
             settings[name] = min(value, 4 if value == heads else 2)
+        elif "topk_blocks" in name:  # blocks of keys that a query sees
+            lengths.append(value)
+            settings[name] = 1
         elif LENGTHS.search(name) and value > WINDOW and "layers" not in name:
             lengths.append(value)
             settings[name] = WINDOW

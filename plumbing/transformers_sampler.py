@@ -84,7 +84,8 @@ def way_to_sample(config, device):
     """(attention: "decode" or None for the model's own, most tokens of a prompt and its response that are sampled in batches
     with a cache: all, as many as share a row in the update, or none)."""
     attentions = ("decode", None) if device == "cpu" else (None,)
-    for new_tokens, limit in ((2 * WINDOW, math.inf), (WINDOW - len(PROMPT), examine(config).limit)):
+    shared = examine(config).limit
+    for new_tokens, limit in ((2 * WINDOW, math.inf), (WINDOW - len(PROMPT), shared if shared < math.inf else 0)):
         for attention in attentions:
             if limit and _is_right(config, attention, new_tokens):
                 return attention, limit

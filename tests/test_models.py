@@ -213,7 +213,7 @@ def test_the_samplers_trial_can_fail(monkeypatch):
     ("bart", {}, "encoder-decoder"),
     ("bert", {}, "not causal"),
     ("modernbert-decoder", {}, "logits"),
-    ("opt", {"word_embed_proj_dim": 24, "ffn_dim": 64}, "output layer"),
+    ("llama4_text", {}, "no hidden states"),
 ])
 def test_what_cannot_be_trained_is_refused_in_one_line_at_load(model_type, settings, line, tmp_path):
     AutoConfig.for_model(model_type, **{**SIZES, **settings}).save_pretrained(tmp_path)
