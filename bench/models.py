@@ -29,7 +29,7 @@ SECONDS = 120  # for an architecture
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 48 for i in range(48)],
             "long_factor": [1.0 + i for i in range(48)], "original_max_position_embeddings": 4096}
 VARIANTS = {
-    "llama, rope_type dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 131072,
@@ -49,17 +49,17 @@ VARIANTS = {
 }
 HEAD = """# Which models can be trained
 
-Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): every causal language model that
-this transformers knows, with random weights and, but for the rows with a comma, with the sizes and settings that transformers
-gives it by default. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial
-that decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} of them.
+Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): every causal language model
+that this transformers knows, with random weights and, but for the rows with a comma, with the sizes and settings that it has by
+default. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
+decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} models.
 
-**Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences of
-more than N tokens have a row each, since a window, or rotary embeddings that depend on the length, reach no further. *rows*: each
-response has a row of its own, with its question, through the model's own attention: right, and slower. *(eager)*: PyTorch's fused
-attention leaves something out, mostly softcapping, so the model is loaded with attention that takes memory by the square of the
-length. **Logits**: what follows the output layer. **`--sampler transformers`** samples in *batches* with a cache, where that is
-right; *alone*: one response at a time, computed anew for each token, which is slow. vLLM is not tried here.
+**Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences
+of more than N tokens have a row each, since a window or rotary embeddings depend on more. *rows*: each response has a row of its
+own, with its question, through the model's own attention: right, and slower. *(eager)*: PyTorch's fused attention leaves
+something out, such as softcapping, so the attention takes memory by the square of the length. **Logits**: what follows the
+output layer. **`--sampler transformers`** samples in *batches* with a cache where that is right; *alone*: one response at a
+time, computed anew for each token, which is slow. vLLM is not tried here.
 
 | `model_type` | update | logits | `--sampler transformers` |
 |---|---|---|---|
@@ -88,7 +88,8 @@ def row(model_type, settings):
         signal.alarm(0)
     infinite = float("inf")
     update = {0: "rows", infinite: "packs"}.get(traits.limit, f"packs to {traits.limit:,}")
-    logits = [f"x {traits.scale:g}"] * (traits.scale != 1) + [f"softcapped at {traits.softcap:g}"] * (traits.softcap is not None)
+    logits = [f"x {traits.scale:g}"] if traits.scale != 1 else []
+    logits += [] if traits.softcap is None else [f"softcapped at {traits.softcap:g}"]
     sampler = {0: "alone", infinite: "batches"}.get(cached_to, f"batches to {cached_to:,}, then alone")
     return (update + " (eager)" * (traits.attention == "eager"), ", ".join(logits), sampler), None
 

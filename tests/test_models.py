@@ -102,6 +102,12 @@ def own_logprobs(model, prompt, response):
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
+def next_logprobs(model, ids):
+    """Of every token that may follow `ids`, float32 [vocabulary]."""
+    packs.forget_lengths(model)
+    return model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logprobs_and_gradients_are_the_models_own(name):
     model_type, settings, found = MODELS[name]
@@ -135,14 +141,13 @@ def test_the_sampler_draws_from_the_models_own_distribution(name):
     for r in responses:
         expected = own_logprobs(exact, prompts[r.index], r.token_ids)
         if sampler.cached_to == LENGTH:  # frequencies depend on how long the sequence was when the token was drawn
-            parts = [own_logprobs(exact, prompts[r.index], r.token_ids[: i + 1])[-1] for i in range(len(r.token_ids))]
-            expected = torch.stack(parts)
+            expected = torch.stack([next_logprobs(exact, prompts[r.index] + r.token_ids[:i])[token]
+                                    for i, token in enumerate(r.token_ids)])
         assert torch.allclose(torch.tensor(r.logprobs), expected, atol=1e-4)
     # as a policy that judges itself is asked: one token, of two
     verdicts = list(sampler.sample(prompts, [0] * 4, SamplingParams(1, temperature=0, allowed_token_ids=(30, 31))))
     for r in verdicts:
-        packs.forget_lengths(exact)
-        yes, no = exact(input_ids=torch.tensor([prompts[r.index]])).logits[0, -1, 30:32].tolist()
+        yes, no = next_logprobs(exact, prompts[r.index])[30:32].tolist()
         assert r.token_ids == [30 if yes > no else 31]
 
 
