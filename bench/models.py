@@ -24,7 +24,7 @@ from plumbing.architectures import examine
 from plumbing.terminal import one_line
 from plumbing.transformers_sampler import way_to_sample
 
-SECONDS = 120  # for an architecture
+SECONDS = 60  # for an architecture
 # What published models have and the defaults have not: {row: (model_type, settings)}.
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 48 for i in range(48)],
             "long_factor": [1.0 + i for i in range(48)], "original_max_position_embeddings": 4096}
@@ -50,13 +50,13 @@ VARIANTS = {
 HEAD = """# Which models can be trained
 
 Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): every causal language model
-that this transformers knows, with random weights and, but for the rows with a comma, with the sizes and settings that it has by
-default. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
+that this transformers knows, with random weights and, but for the rows with a comma, with the sizes and settings of its
+defaults. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
 decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} models.
 
 **Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences
-of more than N tokens have a row each, since a window or rotary embeddings depend on more. *rows*: each response has a row of its
-own, with its question, through the model's own attention: right, and slower. *(eager)*: PyTorch's fused attention leaves
+of more than N tokens have a row each, since a window or rotary embeddings depend on more. *rows*: each response has a row of
+its own, with its question, through the model's own attention: right, and slower. *(eager)*: PyTorch's fused attention leaves
 something out, such as softcapping, so the attention takes memory by the square of the length. **Logits**: what follows the
 output layer. **`--sampler transformers`** samples in *batches* with a cache where that is right; *alone*: one response at a
 time, computed anew for each token, which is slow. vLLM is not tried here.
