@@ -25,6 +25,7 @@ import torch
 
 from judge import score
 from plumbing import prepare, terminal
+from plumbing.architectures import examine
 from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
 from plumbing.rules import rule_from_tags
@@ -231,7 +232,7 @@ def response_statistics(model, prompts, responses, token_budget):
     own distribution, at temperature 1 and with no token filtered out."""
     means, entropies = [0.0] * len(responses), []
     with torch.no_grad(), terminal.progress(len(responses), 0, "log-probability"):
-        for pack in make_packs(prompts, responses, token_budget):
+        for pack in make_packs(prompts, responses, token_budget, examine(model.config)):
             logp, entropy = response_logprobs(model, pack)  # [response tokens] each
             for i, part in zip(pack.members, logp.split([len(responses[i]) for i in pack.members])):
                 means[i] = part.mean().item()

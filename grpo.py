@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing import ranks, terminal
+from plumbing.architectures import examine
 from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import visiting
 
@@ -131,7 +132,7 @@ def sample_logprobs(model, prompts, responses, token_budget, temperature=1.0):
     """
     own = {}
     with torch.no_grad(), visiting(model):
-        for pack, counted in ranks.deal(make_packs(prompts, responses, token_budget)):
+        for pack, counted in ranks.deal(make_packs(prompts, responses, token_budget, examine(model.config))):
             logp, _ = response_logprobs(model, pack, temperature)
             if counted:
                 own |= zip(pack.members, logp.cpu().split([len(responses[i]) for i in pack.members]))
@@ -178,11 +179,12 @@ def update(model, optimizer, mini_batches, params, *, reference=None, max_grad_n
     if params.kl_coef and reference is None:
         raise ValueError(f"kl_coef {params.kl_coef} needs a reference model")
     precompute(model, reference, mini_batches, params, token_budget)
+    traits = examine(model.config)  # whether its attention lets responses share a row
     clip = dict(clip_low=params.clip_low, clip_high=params.clip_high, dual_clip=params.dual_clip or None)
     sums, gaps, norms, done, samples = Counter(), [], [], 0, sum(map(len, mini_batches))
     for batch in mini_batches:
         tokens = sum(len(s.response_ids) for s in batch)
-        packs = make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget)
+        packs = make_packs([s.prompt_ids for s in batch], [s.response_ids for s in batch], token_budget, traits)
         for pack, counted in ranks.deal(packs, model):
             members = [batch[i] for i in pack.members]
             logp, entropy = response_logprobs(model, pack, params.temperature)  # [response tokens] each

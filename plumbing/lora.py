@@ -7,7 +7,6 @@ policy get W + (ALPHA / rank) B A under W's name, tensor by tensor. The referenc
 FSDP2 divides A and B like all other parameters: small as they are, one rule for all is the simplest.
 """
 
-import contextlib
 import json
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn import Linear, Parameter
 from torch.nn.functional import linear
 
 from plumbing import ranks
+from plumbing.packs import blocks, call
 from plumbing.runs import new_folder
 from plumbing.terminal import say
 
@@ -51,19 +51,18 @@ class LoRALinear(Linear):
 
 
 class AdaptersOff:
-    """The model that `policy` was before it got adapters, for `policy.call`: the reference of a KL."""
+    """The model that `policy` was before it got adapters: the reference of a KL."""
 
     def __init__(self, policy):
-        self.policy = policy
+        self.policy, self.config = policy, policy.config
 
-    @contextlib.contextmanager
-    def model(self):
-        """The policy itself, whose adapters are off inside."""
+    def gathered_call(self, function, *args):
+        """function(policy, *args) with the adapters off: see packs.call."""
         layers = adapted(self.policy).values()
         try:
             for layer in layers:
                 layer.on = False
-            yield self.policy
+            return call(self.policy, function, *args)
         finally:
             for layer in layers:
                 layer.on = True
@@ -72,7 +71,7 @@ class AdaptersOff:
 def linear_layers(model, rank):
     """{name: linear layer} of the blocks of `model`, without gates of one output. Raises ValueError where there are none, or
     where the rank is larger than one of them."""
-    prefix = f"{model.base_model_prefix}.layers."
+    prefix = blocks(model)[0] + "."
     found = {name: layer for name, layer in model.named_modules()
              if name.startswith(prefix) and isinstance(layer, Linear) and layer.out_features > 1}
     if not found:
@@ -86,7 +85,7 @@ def linear_layers(model, rank):
 def add_adapters(model, rank, seed):
     """Freeze `model` and give its `linear_layers` adapters, in place. Says what is trained and what is left out."""
     layers, everything = linear_layers(model, rank), sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for p in model.base_model.layers.parameters() if p.ndim > 2)
+    experts = sum(p.numel() for p in blocks(model)[1].parameters() if p.ndim > 2)
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for name, layer in layers.items():

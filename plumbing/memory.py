@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from plumbing import packs
+from plumbing.architectures import examine
 from plumbing.vllm_setup import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
@@ -75,15 +76,16 @@ def parameter_sizes(model_config):
 
 def adapter_parameters(model_config, rank):
     """Number of elements of A [rank, in] and B [out, rank] on all linear layers of the blocks: those of --lora."""
-    layers = meta_model(model_config).base_model.layers.modules()
+    layers = packs.blocks(meta_model(model_config))[1].modules()
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
 def update_parts(config, model_config, gpu, dtype, question):
     """Parts for the forward and backward pass of the largest pack, whose question has so many tokens."""
-    pack = max(question + config.max_new_tokens,  # at least one response, at most a group's
-               min(config.token_budget, question + config.group_size * config.max_new_tokens))
-    number = config.group_size  # as many responses as can be: each keeps the question's keys and values once more
+    pack, traits = question + config.max_new_tokens, examine(model_config)
+    number = config.group_size if pack <= traits.limit else 1  # each keeps the question's keys and values once more
+    if number > 1:  # at least one response, at most a group's
+        pack = max(pack, min(config.token_budget, question + number * config.max_new_tokens))
     each = -(-(pack - question) // number)
     tokens, text, kept = question + number * each, model_config.get_text_config(), {}
 
@@ -94,11 +96,12 @@ def update_parts(config, model_config, gpu, dtype, question):
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa", dtype=dtype,
+        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=traits.attention, dtype=dtype,
                                                  trust_remote_code=False)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            packs.response_logprobs(model, packs.make_packs([[0] * question] * number, [[0] * each] * number, tokens)[0])
+            prompts, responses = [[0] * question] * number, [[0] * each] * number
+            packs.response_logprobs(model, packs.make_packs(prompts, responses, tokens, traits)[0])
         total = sum(storage.nbytes() for storage in kept.values())
     layer = total / text.num_hidden_layers
     if config.gradient_checkpointing:  # only each layer's input is kept, and one layer at a time is computed again

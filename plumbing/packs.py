@@ -11,6 +11,7 @@ pass computes the logits z again:
     d log p[target] / dz = (1[target] - p) / temperature
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,21 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from plumbing.policy import call
+
+@dataclass(frozen=True)
+class Traits:
+    """What plumbing/architectures.py finds out about a model. The defaults are Llama's."""
+
+    limit: float = math.inf  # most tokens of a sequence (question and response) that may share its row with others
+    scale: float = 1.0  # logits = softcap * tanh(scale * output layer / softcap)
+    softcap: float | None = None
+    attention: str | None = None  # attn_implementation to load it with; None: transformers' choice
+
+    def adjust(self, logits):
+        """The model's logits from those of its output layer, in place."""
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 @dataclass
@@ -35,6 +50,8 @@ class Pack:
     logit_at: torch.Tensor  # [response tokens] where the logits of each response token are
     targets: torch.Tensor  # [response tokens] the response tokens themselves
     members: list  # index into the samples, response by response
+    traits: Traits = Traits()  # of the model
+    alone: bool = False  # the row is one whole sequence, for the model's own attention
     bias: torch.Tensor | None = None  # of the attention on a CPU; the first layer sets it for all
 
     def to(self, device):
@@ -43,15 +60,18 @@ class Pack:
         return replace(self, **{**parts, "bias": None})
 
 
-def make_packs(prompts, responses, token_budget):
+def make_packs(prompts, responses, token_budget, traits=Traits()):
     """Pack responses that share a prompt: list of Pack, in order of first appearance.
 
     prompts, responses: token-id lists, one of each a sample. A pack holds as many responses to one prompt as keep it
     within token_budget tokens; a sample that is longer by itself gets a pack of its own. Empty responses are left out.
+    traits: of the model. A sequence of more than traits.limit tokens has a row of its own, whose attention is the model's.
     """
     by_prompt, packs = defaultdict(list), []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if response:
+        if response and len(prompt) + len(response) > traits.limit:
+            packs.append(_make_row(prompt, response, i, traits))
+        elif response:
             by_prompt[tuple(prompt)].append(i)
     for prompt, members in by_prompt.items():
         parts, room = [], 0
@@ -62,11 +82,18 @@ def make_packs(prompts, responses, token_budget):
                 room = token_budget - len(prompt)
             parts[-1].append(i)
             room -= tokens
-        packs += [_make_pack(prompt, part, responses) for part in parts]
+        packs += [_make_pack(prompt, part, responses, traits) for part in parts]
     return packs
 
 
-def _make_pack(prompt, members, responses):
+def _make_row(prompt, response, member, traits):
+    """The whole sequence, its last token included: some models choose rotary frequencies by its length."""
+    ids, nothing = torch.tensor([[*prompt, *response]]), torch.empty(0, dtype=torch.long)
+    at = torch.arange(ids.shape[1])
+    return Pack(ids, at[None], nothing, nothing, at[len(prompt) - 1 : -1], ids[0, len(prompt) :], [member], traits, True)
+
+
+def _make_pack(prompt, members, responses, traits):
     longest = max(len(responses[i]) for i in members) - 1
     ids, positions, rows, places, logit_at, targets = list(prompt), list(range(len(prompt))), [], [], [], []
     for j, i in enumerate(members):
@@ -79,7 +106,7 @@ def _make_pack(prompt, members, responses):
         logit_at += [len(prompt) - 1, *range(start, start + length)]
         targets += responses[i]
     return Pack(*(torch.tensor(part, dtype=torch.long) for part in ([ids], [positions], rows, places, logit_at, targets)),
-                members)
+                members, traits)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, pack=None, **kwargs):
@@ -147,31 +174,54 @@ def response_logprobs(model, pack, temperature=1.0, chunk=None):
     return call(model, _response_logprobs, pack, temperature, chunk)
 
 
+def call(model, function, *args):
+    """function(model, *args), by way of the model's `gathered_call` where it has one: policy.shard's gathers embedding and
+    output layer around it, that of lora.AdaptersOff switches the adapters off."""
+    gathered_call = getattr(model, "gathered_call", None)
+    return gathered_call(function, *args) if gathered_call else function(model, *args)
+
+
 def _response_logprobs(model, pack, temperature, chunk):
-    if model.config._attn_implementation != ATTENTION:
-        model.set_attn_implementation(ATTENTION)  # without a pack it is PyTorch's own
-    pack = pack.to(next(model.parameters()).device)
-    # An empty mask: a model that does not hand `pack` on to its attention fails, instead of letting tokens see too much.
-    hidden = model.base_model(input_ids=pack.ids, position_ids=pack.positions, pack=pack, use_cache=False,
-                              attention_mask=pack.ids.new_empty(1, 1, 0, 0)).last_hidden_state[0]  # [tokens, width]
+    pack, inputs = pack.to(next(model.parameters()).device), {}
+    if not pack.alone:
+        if model.config._attn_implementation != ATTENTION:
+            model.set_attn_implementation(ATTENTION)  # without a pack it is PyTorch's own
+        # An empty mask: a model that does not hand `pack` on to its attention fails, instead of letting tokens see too much.
+        inputs = dict(position_ids=pack.positions, pack=pack, attention_mask=pack.ids.new_empty(1, 1, 0, 0))
+    forget_lengths(model)
+    hidden = model.base_model(input_ids=pack.ids, use_cache=False, **inputs).last_hidden_state[0]  # [tokens, width]
     hidden = hidden[pack.logit_at]  # [response tokens, width]
     head, chunk = model.get_output_embeddings(), chunk or CHUNK[hidden.device.type]
-    return TargetLogprobs.apply(hidden, head.weight, head.bias, pack.targets, temperature, chunk)
+    return TargetLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), pack.targets, temperature, chunk,
+                                pack.traits)
+
+
+def blocks(model):
+    """(name, modules) of the model's layers: its first list of modules."""
+    return next((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def forget_lengths(model):
+    """Have dynamic rotary embeddings forget the longest sequence so far: transformers would go on with its frequencies."""
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            vars(module).update({name: 0 for name in vars(module) if name.endswith("max_seq_len_cached")})
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """apply(hidden, weight, bias, targets, temperature, chunk): (log-probability of each target, entropy), float32 [tokens].
+    """apply(hidden, weight, bias, targets, temperature, chunk, traits): (log-probability of each target, entropy), float32
+    [tokens].
 
     hidden: [tokens, width]; weight, bias: of the output layer, [vocabulary, width] and [vocabulary] or None; targets:
-    [tokens]; chunk: tokens whose logits exist at a time. The entropy has no gradient.
+    [tokens]; chunk: tokens whose logits exist at a time; traits: how they are scaled. The entropy has no gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk, traits=Traits()):
         """(log-probabilities, entropies), a chunk of tokens at a time; logits are not kept."""
         log_sums, chosen, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         room = log_sums.new_empty(min(chunk, len(hidden)), len(weight))
-        for rows, _, logits, _ in chunks_of_logits(hidden, weight, bias, temperature, chunk):
+        for rows, _, logits, _ in chunks_of_logits(hidden, weight, bias, temperature, chunk, traits):
             highest = logits.amax(-1, keepdim=True)
             chosen[rows] = logits.gather(-1, targets[rows, None])[:, 0]
             exps = torch.exp(logits.sub_(highest), out=room[: len(logits)])
@@ -179,7 +229,7 @@ class TargetLogprobs(torch.autograd.Function):
             log_sums[rows] = sums.log() + highest[:, 0]
             entropy[rows] = sums.log() - exps.mul_(logits).sum(-1) / sums
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.settings = temperature, chunk
+        ctx.settings = temperature, chunk, traits
         ctx.mark_non_differentiable(entropy)
         return chosen - log_sums, entropy
 
@@ -187,16 +237,19 @@ class TargetLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         """Gradients of hidden states, weights and bias, summed in float32; the entropy has none."""
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
-        temperature, chunk = ctx.settings
+        temperature, chunk, traits = ctx.settings
         grad_hidden, room = torch.empty_like(hidden), None
         grad_weight, grad_bias = (torch.zeros_like(x, dtype=torch.float32) if needed else None
                                   for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3]))  # none of what is frozen
         if grad_weight is not None and weight.dtype != torch.float32:
             room = torch.empty_like(weight)
-        for rows, inputs, logits, products in chunks_of_logits(hidden, weight, bias, temperature, chunk):
-            scale = grad[rows, None] / temperature
+        for rows, inputs, logits, products in chunks_of_logits(hidden, weight, bias, temperature, chunk, traits):
+            scale = grad[rows, None] * (traits.scale / temperature)
+            slope = None if traits.softcap is None else 1 - (logits * (temperature / traits.softcap)).square_()
             grads = logits.sub_(log_sums[rows, None]).exp_().mul_(-scale)  # [chunk, vocabulary]
             grads.scatter_add_(-1, targets[rows, None], scale)
+            if slope is not None:
+                grads.mul_(slope)
             if grad_bias is not None:
                 grad_bias += grads.sum(0)
             grads = products.copy_(grads)
@@ -207,10 +260,10 @@ class TargetLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grads.T, inputs)
             else:
                 grad_weight += torch.mm(grads.T, inputs, out=room)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def chunks_of_logits(hidden, weights, bias, temperature, chunk):
+def chunks_of_logits(hidden, weights, bias, temperature, chunk, traits):
     """Yield (slice of the tokens, their hidden states, their logits, room) for each `chunk` tokens, in the same memory.
 
     hidden and weights have one dtype. logits: float32 [chunk, vocabulary]. room: [chunk, vocabulary] in that dtype, where it
@@ -225,4 +278,4 @@ def chunks_of_logits(hidden, weights, bias, temperature, chunk):
         logits.copy_(torch.mm(inputs, weights.T, out=room))
         if bias is not None:
             logits += bias
-        yield slice(i, i + len(inputs)), inputs, logits.div_(temperature), room
+        yield slice(i, i + len(inputs)), inputs, traits.adjust(logits).div_(temperature), room

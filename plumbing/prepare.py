@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from judge import ChatJudge, Judge, SelfJudge
 from plumbing import lora, memory, ranks
+from plumbing.architectures import examine
 from plumbing.optimizer import frozen_copy, make_optimizer
 from plumbing.policy import (
     cast,
@@ -105,13 +106,17 @@ def drop_long(config, tasks, tokenizer):
 def check_context(config, model_config):
     """How many tokens a policy that judges itself may read: the longest prompt, its response, and what a judge is told.
 
-    Raises ValueError where the model's context is shorter than the longest prompt with its response.
+    Says so where responses cannot share their question's row in the update, which costs time. Raises ValueError where the
+    model's context is shorter than the longest prompt with its response.
     """
     context = getattr(model_config, "max_position_embeddings", None) or 2**31 - 1
     longest = config.max_prompt_tokens + config.max_new_tokens
     if longest > context:
         raise ValueError(f"--max-prompt-tokens and --max-new-tokens add up to {longest}, but the model's context is "
                          f"{context} tokens")
+    if longest > (limit := examine(model_config).limit):
+        say(f"{model_config.model_type}: {f'sequences of more than {limit:,} tokens' if limit else 'responses'} have a "
+            "row each in the update, with the question again: this architecture does not let them share one")
     return min(context, longest + longest // 4 + JUDGE_ROOM)  # a judge reads it as JSON, with quotes and line ends escaped
 
 
@@ -157,7 +162,11 @@ def make_sampler(config, policy, tokenizer, **limits):
                 raise
             why = str(error)
     say(f"sampler: transformers in {precision} ({why})")
-    return TransformersSampler(policy, stops, dtype, device=device)
+    sampler = TransformersSampler(policy, stops, dtype, device=device)
+    if sampler.cached_to < limits["max_model_len"]:
+        say(f"sampler: without batches and cache, and slow: transformers' are not right for {policy.config.model_type}"
+            f"{f' above {sampler.cached_to:,} tokens' * (sampler.cached_to > 0)} (--sampler vllm has its own)")
+    return sampler
 
 
 def set_up(config, after_evaluation):

@@ -1,6 +1,11 @@
-"""Sampling with transformers, in batches with a key-value cache: the sampler where vLLM does not run."""
+"""Sampling with transformers, in batches with a key-value cache: the sampler where vLLM does not run.
+
+Whether batches and the cache are right for an architecture is tried on a tiny model of it, as in plumbing/architectures.py.
+Where they are not, each response is sampled alone, by a forward pass over all of it for each token: right, but slow.
+"""
 
 import copy
+import math
 import random
 
 import torch
@@ -9,8 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from plumbing.architectures import PROMPT, TOLERANCE, WINDOW, examine, own_logprobs, tiny_model
+from plumbing.packs import forget_lengths
 from plumbing.policy import cast, materialise
-from sampler import Response
+from sampler import Response, SamplingParams
 
 
 def filtered_logprobs(logits, params):
@@ -66,21 +73,54 @@ def decode_attention(module, query, key, value, attention_mask, scaling=None, dr
         output = scores.softmax(-1) @ value
     else:
         output = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, width), None
+    return output.reshape(rows, 1, heads, -1), None  # a value can be narrower than a query
 
 
 AttentionInterface.register("decode", decode_attention)
 AttentionMaskInterface.register("decode", sdpa_mask)
 
 
+def way_to_sample(config, device):
+    """(attention: "decode" or None for the model's own, most tokens of a prompt and its response that are sampled in batches
+    with a cache: all, as many as share a row in the update, or none)."""
+    attentions = ("decode", None) if device == "cpu" else (None,)
+    shared = examine(config).limit
+    for new_tokens, limit in ((2 * WINDOW, math.inf), (WINDOW - len(PROMPT), shared if shared < math.inf else 0)):
+        for attention in attentions:
+            if limit and _is_right(config, attention, new_tokens):
+                return attention, limit
+    return None, 0
+
+
+def _is_right(config, attention, new_tokens):
+    """Whether a batch with a cache gives a tiny model's own log-probabilities."""
+    exact, model = tiny_model(config, "eager"), tiny_model(config, examine(config).attention)
+    # Two batches, each with padding and with equal prompts; every eighth token ends a response.
+    prompts = [PROMPT, PROMPT, PROMPT[:2]]
+    prompts = [PROMPT * 4, PROMPT * 4, PROMPT * 3, *prompts] if new_tokens > WINDOW else prompts
+    sampler = TransformersSampler(model, range(0, 96, 8), max_batch_tokens=3 * (len(prompts[0]) + new_tokens),
+                                  tried=(examine(config), attention, math.inf))
+    try:
+        for response in sampler.sample(prompts, range(len(prompts)), SamplingParams(new_tokens, logprobs=True)):
+            expected = own_logprobs(exact, prompts[response.index], response.token_ids)
+            if not torch.allclose(torch.tensor(response.logprobs), expected, atol=TOLERANCE, rtol=0):
+                return False
+    except Exception:  # a model with another kind of cache or mask may fail in any way
+        return False
+    return True
+
+
 class TransformersSampler:
     """model: the policy to copy. dtype, device: of the copy. stop_ids: tokens that end a response. max_batch_tokens: a batch
-    has at most so many rows x (longest prompt + max_new_tokens)."""
+    has at most so many rows x (longest prompt + max_new_tokens). tried: the model's Traits and way_to_sample, where
+    they are known."""
 
-    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu"):
+    def __init__(self, model, stop_ids, dtype=torch.float32, max_batch_tokens=32768, device="cpu", tried=None):
+        self.traits, attention, self.cached_to = tried or (
+            examine(model.config), *way_to_sample(model.config, torch.device(device).type))
         self.model = materialise(cast(copy.deepcopy(model), dtype), device).to(device).eval().requires_grad_(False)
-        if self.model.device.type == "cpu":
-            self.model.set_attn_implementation("decode")
+        if attention:
+            self.model.set_attn_implementation(attention)
         self.stop_ids, self.dtype, self.max_batch_tokens = frozenset(stop_ids), dtype, max_batch_tokens
 
     @torch.no_grad()
@@ -112,7 +152,8 @@ class TransformersSampler:
             raise ValueError("an empty prompt cannot be continued")
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory peaks early
         while order:
-            rows = max(1, self.max_batch_tokens // (len(prompts[order[0]]) + params.max_new_tokens))
+            length = len(prompts[order[0]]) + params.max_new_tokens
+            rows = max(1, self.max_batch_tokens // length) if length <= self.cached_to else 1
             batch, order = order[:rows], order[rows:]
             yield from self._sample_batch([prompts[i] for i in batch], [seeds[i] for i in batch], batch, params)
 
@@ -125,11 +166,12 @@ class TransformersSampler:
         mask = torch.tensor([[0] * left + [1] * (longest - left) for left in lefts], device=device)  # [distinct, longest]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         rows = [(Response(index), random.Random(seed)) for index, seed in zip(indices, seeds)]
-        cache = DynamicCache()
+        cache = DynamicCache(config=self.model.config) if longest + params.max_new_tokens <= self.cached_to else None
         logits = self._forward(ids, mask, positions, cache)
         rows_of = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
         logits, mask, positions = logits[rows_of], mask[rows_of], positions[rows_of]
-        cache.batch_select_indices(rows_of)
+        if cache is not None:
+            cache.reorder_cache(rows_of)
         while True:
             logprobs = filtered_logprobs(logits, params)  # [rows, vocabulary]
             tokens = draw(logprobs, torch.tensor([rng.random() for _, rng in rows], dtype=torch.float64,
@@ -152,14 +194,17 @@ class TransformersSampler:
                 rows = [rows[row] for row in keep]
                 kept = torch.tensor(keep, device=device)
                 tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=-1)
             positions = positions[:, -1:] + 1
-            logits = self._forward(tokens.unsqueeze(-1), mask, positions, cache)
+            ids = tokens.unsqueeze(-1) if cache is not None else torch.cat([ids, tokens.unsqueeze(-1)], dim=-1)
+            logits = self._forward(ids, mask, positions, cache)
 
     def _forward(self, ids, mask, positions, cache):
-        """Logits of the token after the last one, [rows, vocabulary]; the cache has these tokens afterwards."""
-        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                       use_cache=True)
+        """Logits of the token after the last one, [rows, vocabulary]; the cache has these tokens afterwards. Without a cache
+        `ids` is one whole sequence."""
+        inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache} if cache is not None else {}
+        forget_lengths(self.model)
+        output = self.model.base_model(input_ids=ids, use_cache=cache is not None, **inputs)
         last = output.last_hidden_state[:, -1]  # [rows, width]; for [rows, 1, width] the weights would be copied
-        return self.model.get_output_embeddings()(last)
+        return self.traits.adjust(self.model.get_output_embeddings()(last))
