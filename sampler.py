@@ -87,10 +87,9 @@ def _import_vllm():
 def kv_bytes_per_token(config, dtype):
     """Bytes of key-value cache that a token takes in a model of this (transformers) config."""
     config = config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0  # none in a model without attention: a state, and no cache
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
-    return 2 * config.num_hidden_layers * kv_heads * width * dtype.itemsize
+    heads = getattr(config, "num_attention_heads", 0)  # 0: a state takes the cache's place
+    width = getattr(config, "head_dim", None) or config.hidden_size // (heads or 1)
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width * dtype.itemsize
 
 
 def cpu_cache_bytes(config, dtype, max_model_len, max_num_seqs):
