@@ -27,10 +27,10 @@ SECONDS = 60  # for an architecture
 # What published models have and the defaults have not: {row: (model_type, settings)}.
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 48 for i in range(48)],
             "long_factor": [1.0 + i for i in range(48)], "original_max_position_embeddings": 4096}
-DECODERS = """llama mistral ministral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text gemma gemma2 gemma3_text
-    gemma4_text gpt_oss smollm3 olmo olmo2 olmo3 olmoe phi phi3 deepseek_v3 deepseek_v32 glm4 glm4_moe granite granitemoehybrid
-    cohere cohere2 mamba mamba2 bamba jamba nemotron_h stablelm falcon starcoder2 gpt_neox gpt2 bloom nanochat exaone4 ernie4_5
-    llama4_text bert bart modernbert-decoder""".split()
+DECODERS = """llama mistral ministral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text gemma gemma2
+    gemma3_text gemma4_text gpt_oss smollm3 olmo olmo2 olmo3 olmoe phi phi3 deepseek_v3 deepseek_v32 glm4 glm4_moe granite
+    granitemoehybrid cohere cohere2 mamba mamba2 bamba jamba nemotron_h stablelm falcon starcoder2 gpt_neox gpt2 bloom nanochat
+    exaone4 ernie4_5 llama4_text bert bart modernbert-decoder"""
 VARIANTS = {
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
@@ -52,8 +52,8 @@ VARIANTS = {
 }
 HEAD = """# Which models can be trained
 
-Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): the decoders in use, with random weights and, but for the rows with a comma, with the sizes and settings of its
-defaults. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
+Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): the decoders in use, with random
+weights and the sizes and settings that transformers gives them by default, in rows with a comma with others. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
 decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} models.
 
 **Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences
@@ -101,7 +101,7 @@ def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, stop)
-    rows = {name: (name, {}) for name in sys.argv[1:] or DECODERS} | VARIANTS
+    rows = {name: (name, {}) for name in sys.argv[1:] or DECODERS.split()} | VARIANTS
     handled, refused = "", ""
     for name in sorted(name for name in rows if not sys.argv[1:] or name in sys.argv[1:]):
         cells, why = row(*rows[name])
