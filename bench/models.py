@@ -29,8 +29,8 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
             "long_factor": [1.0 + i for i in range(48)], "original_max_position_embeddings": 4096}
 DECODERS = """llama mistral ministral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text gemma gemma2
     gemma3_text gemma4_text gpt_oss smollm3 olmo olmo2 olmo3 olmoe phi phi3 deepseek_v3 deepseek_v32 glm4 glm4_moe granite
-    granitemoehybrid cohere cohere2 mamba mamba2 bamba jamba nemotron_h stablelm falcon starcoder2 gpt_neox gpt2 bloom nanochat
-    exaone4 ernie4_5 llama4_text bert bart modernbert-decoder"""
+    granitemoehybrid cohere cohere2 mamba mamba2 bamba jamba nemotron_h stablelm falcon starcoder2 gpt_neox gpt2 bloom
+    nanochat exaone4 ernie4_5 llama4_text bert bart modernbert-decoder"""
 VARIANTS = {
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
@@ -52,9 +52,10 @@ VARIANTS = {
 }
 HEAD = """# Which models can be trained
 
-Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): the decoders in use, with random
-weights and the sizes and settings that transformers gives them by default, in rows with a comma with others. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
-decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} models.
+Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): the decoders in use, with
+random weights and the sizes and settings that transformers gives them by default; in rows with a comma, with others. A run
+tries its own model in the same way when it loads it, with that model's settings, and it is this trial that decides.
+`tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} small models.
 
 **Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences
 of more than N tokens have a row each, since a window or rotary embeddings depend on more. *rows*: each response has a row of
