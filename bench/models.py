@@ -1,7 +1,7 @@
 """Which architectures of the installed transformers can be trained, and how: writes docs/models.md.
 
-    python bench/models.py                    all of them, about ten minutes on a core
-    python bench/models.py llama qwen3        only these, printed
+    python bench/models.py                    the decoders in use: minutes on a core
+    python bench/models.py llama qwen3        these or any others, printed only
 
 Each is tried as a run tries it when it loads a model: a tiny random model of the architecture against its own forward pass
 (plumbing/architectures.py, plumbing/transformers_sampler.py), with the sizes that transformers gives it by default.
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
@@ -28,6 +27,10 @@ SECONDS = 60  # for an architecture
 # What published models have and the defaults have not: {row: (model_type, settings)}.
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 48 for i in range(48)],
             "long_factor": [1.0 + i for i in range(48)], "original_max_position_embeddings": 4096}
+DECODERS = """llama mistral ministral3 mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text gemma gemma2
+    gemma3_text gemma4_text gpt_oss smollm3 olmo olmo2 olmo3 olmoe phi phi3 deepseek_v3 deepseek_v32 glm4 glm4_moe granite
+    granitemoehybrid cohere cohere2 mamba mamba2 bamba jamba nemotron_h stablelm falcon starcoder2 gpt_neox gpt2 bloom
+    nanochat exaone4 ernie4_5 llama4_text bert bart modernbert-decoder"""
 VARIANTS = {
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
@@ -49,10 +52,10 @@ VARIANTS = {
 }
 HEAD = """# Which models can be trained
 
-Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): every causal language model
-that this transformers knows, with random weights and, but for the rows with a comma, with the sizes and settings of its
-defaults. A run tries its own model in the same way when it loads it, with that model's settings, and it is this trial that
-decides. `tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} models.
+Written by `python bench/models.py` (transformers {version}, torch {torch}, {machine}, {date}): the decoders in use, with
+random weights and the sizes and settings that transformers gives them by default; in rows with a comma, with others. A run
+tries its own model in the same way when it loads it, with that model's settings, and it is this trial that decides.
+`tests/test_models.py` checks log-probabilities to 1e-4 and gradients to 1e-5 for {tested} small models.
 
 **Update.** *packs*: a question and its responses share a row, so that the question is computed once. *packs to N*: sequences
 of more than N tokens have a row each, since a window or rotary embeddings depend on more. *rows*: each response has a row of
@@ -99,7 +102,7 @@ def main():
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, stop)
-    rows = {name: (name, {}) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} | VARIANTS
+    rows = {name: (name, {}) for name in sys.argv[1:] or DECODERS.split()} | VARIANTS
     handled, refused = "", ""
     for name in sorted(name for name in rows if not sys.argv[1:] or name in sys.argv[1:]):
         cells, why = row(*rows[name])

@@ -97,7 +97,7 @@ def _tiny_model(kind, settings, wider, attention=None):
     return model, min(lengths, default=math.inf)
 
 
-def _shrink(settings, wider, lengths):
+def _shrink(settings, wider, lengths, width=0):
     """Shrink a config's dict in place; append the tokens that each of its windows holds to `lengths`."""
     count = next((settings[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
                   if isinstance(settings.get(name), int)), 0)
@@ -107,8 +107,8 @@ def _shrink(settings, wider, lengths):
         kinds.setdefault(str([value[i] for value in per_layer.values()]), i)
     layers = sorted(kinds.values())[:6]
     layers = layers * 2 if len(layers) == 1 else layers
-    heads, width = settings.get("num_attention_heads"), settings.get("head_dim")
-    width = width or (settings.get("hidden_size") or 0) // (heads or 1)
+    heads = settings.get("num_attention_heads")
+    width = settings.get("head_dim") or (settings.get("hidden_size") or 0) // (heads or 1) or width  # of a head
     rotated = settings.get("qk_rope_head_dim")
     if "dynamic" in str(settings.get("rope_parameters")):
         lengths.append(settings["max_position_embeddings"])
@@ -119,7 +119,7 @@ def _shrink(settings, wider, lengths):
         elif isinstance(value, dict) and value and all(key.isdigit() for key in value):  # of some layers
             settings[name] = {str(layers.index(int(i))): of for i, of in value.items() if int(i) in layers}
         elif isinstance(value, dict):
-            _shrink(value, wider, lengths)
+            _shrink(value, wider, lengths, width)
         elif isinstance(value, list) and name in ("short_factor", "long_factor") and wider:
             settings[name] = value[:: max(1, width // (16 * wider))]
         elif name == "attn_logit_softcapping" and value:
