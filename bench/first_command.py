@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ def measure(folder, *flags):
     """{minutes, gigabytes} of a run in `folder`, which is made unless it is there: its time and its peak memory."""
     kept = folder / "measured.json"
     if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was interrupted
         began = time.monotonic()
         run = subprocess.Popen([sys.executable, "ruscarl.py", *map(str, flags), "--runs", folder.parent, "--name",
                                 folder.name], cwd=ROOT)
