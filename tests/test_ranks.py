@@ -9,7 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import PATIENCE, RUN, TORCHRUN, Ranks, Terminal, command, needs_vllm, read, refused, rows, shows
+from conftest import (
+    PATIENCE,
+    RUN,
+    TORCHRUN,
+    Ranks,
+    Terminal,
+    command,
+    needs_vllm,
+    read,
+    refused,
+    rows,
+    shows,
+    tiny_model,
+    tiny_tokenizer,
+)
 from two_ranks import CASES, gradients
 
 
@@ -127,6 +141,19 @@ def test_every_rank_has_its_engine(flags, tmp_path):
 def test_slow_ranks_are_waited_for_and_one_fault_is_known_to_all(function, signs, tmp_path):
     on_two_ranks("tests/two_ranks.py", function, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == signs
+
+
+def test_gradients_are_reduced_once_a_mini_batch_where_they_fit(tmp_path):
+    on_two_ranks("tests/two_ranks.py", "count_reductions", tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_rank_reads_the_weights_and_all_have_them(tied, tmp_path):
+    tiny_model(1, tied).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    on_two_ranks("tests/two_ranks.py", "deal_out_weights", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "dealt 0", "dealt 1"}
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from fork_server import signal_when
 from plumbing import checkpoints, ranks
 from plumbing.optimizer import MasterAdamW, frozen_copy
 from plumbing.policy import cast, named_weights, shard
+from plumbing.prepare import make_reference
+from plumbing.transformers_sampler import TransformersSampler
 from test_grpo import make_samples, nudged, tiny_model
 
 
@@ -61,6 +63,50 @@ def write_gradients(folder):
 
 CASES = {"plain": ("plain",), "unbiased": ("unbiased",), "bfloat16": ("plain", torch.bfloat16),
          "each pack": ("plain", torch.float32, True)}
+
+
+def count_reductions(folder):
+    """Reductions of an update of two mini-batches of several packs: once a mini-batch for each of FSDP's groups, or once a
+    pack. The gradients are the same."""
+    ranks.join("cpu")
+    found, reduce, counted = {}, torch.distributed.reduce_scatter_single, []
+    torch.distributed.reduce_scatter_single = lambda *args, **options: counted.append(1) or reduce(*args, **options)
+    for each_pack in (False, True):
+        counted.clear()
+        model = shard(tiny_model(1), "cpu", torch.float32, each_pack)
+        samples = make_samples()
+        turns = [-(-len(grpo.make_packs([s.prompt_ids for s in part], [s.response_ids for s in part], 1)) // 2)
+                 for part in (samples[:4], samples[4:])]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        grpo.update(model, optimizer, [samples[:4], samples[4:]], grpo.LossParams(), token_budget=1)
+        assert len(counted) == 3 * (sum(turns) if each_pack else 2), (counted, turns)  # two layers and the rest
+        assert min(turns) > 1
+        found[each_pack] = {name: weight.clone() for name, weight in named_weights(model)}
+    assert all(torch.allclose(found[True][name], found[False][name], atol=1e-6) for name in found[True])
+    ranks.gather((Path(folder) / f"counted {ranks.rank()}").touch())
+
+
+def deal_out_weights(folder):
+    """Only the leader reads a model; all have it, the sampler and the reference included."""
+    from plumbing import policy
+
+    ranks.join("cpu")
+    own, policy.load_policy = policy.load_policy, lambda source: own(source) if ranks.leader() else 1 / 0
+    model, _, weights = policy.load_on_ranks(Path(folder) / "model")
+    assert bool(weights) == ranks.leader()
+    sampler = TransformersSampler(model, [1])
+    reference = make_reference(model, torch.bfloat16, "cpu", weights)
+    shard(model, "cpu", torch.float32, weights=weights)
+    whole = dict(own(Path(folder) / "model")[0].named_parameters(remove_duplicate=False))
+    sampler.sync(named_weights(model))
+    for of, dtype in ((model, torch.float32), (reference, torch.bfloat16)):
+        for name, weight in named_weights(of):
+            assert torch.equal(weight, whole[name].detach().to(dtype)), name
+    assert all(torch.equal(p, whole[name]) for name, p in sampler.model.named_parameters())
+    assert not any(p.requires_grad for p in reference.parameters())
+    logp, right = (grpo.sample_logprobs(m, [[2, 3]], [[4, 5]], 100)[0] for m in (model, own(Path(folder) / "model")[0]))
+    assert torch.allclose(logp, right, atol=1e-6)
+    ranks.gather((Path(folder) / f"dealt {ranks.rank()}").touch())
 
 
 def wait_for_a_judge(folder):
