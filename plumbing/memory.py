@@ -157,35 +157,35 @@ def policy_parts(config, model_config, gpu, layout, dtype):
     return result
 
 
-def parts(config, model_config, device, vllm, layout, dtype, longest=None):
-    """Parts of a run's memory: list of Part.
-
-    device: "cpu" or "cuda"; vllm: whether vLLM samples; dtype: what sampler and update compute in; longest: tokens of the
-    longest (question, question with scaffold).
-    """
-    gpu, P = device == "cuda", sum(parameter_sizes(model_config))
+def other_parts(config, model_config, gpu, vllm, dtype, longest=None):
+    """Parts that no layout changes: activations, sampler, libraries. longest: see `needs`."""
     question, prompt = longest or (config.max_prompt_tokens, config.max_prompt_tokens)
-    result = policy_parts(config, model_config, gpu, layout, dtype)
-    result += update_parts(config, model_config, gpu, dtype, prompt if config.ratio == "scaffolded" else question)
-    result += sampler_parts(config, model_config, gpu, vllm, dtype, P, prompt)
+    result = update_parts(config, model_config, gpu, dtype, prompt if config.ratio == "scaffolded" else question)
+    result += sampler_parts(config, model_config, gpu, vllm, dtype, sum(parameter_sizes(model_config)), prompt)
     libraries = LIBRARIES["host"] + LIBRARIES["vllm"] * vllm
     result.append(Part("interpreter and libraries", libraries, "host" if gpu else "device"))
     if gpu:
         result.append(Part("contexts and CUDA graphs", LIBRARIES["cuda"] + LIBRARIES["vllm on cuda"] * vllm))
-    here = ranks_of(config)[1]
-    return [replace(part, bytes=part.bytes * here) if part.place == "host" or not gpu else part for part in result]
+    return result
 
 
-def needs(config, model_config, device, vllm, dtype, longest=None):
-    """(Layout, parts): the first layout that fits the device, or the last, and the parts for it; --offload may decide."""
-    if ranks_of(config)[0] > 1:
+def needs(config, model_config, device, vllm, dtype, longest=None, others=None):
+    """(Layout, parts): the first layout that fits the device, or the last, and a run's list of Part for it.
+
+    device: "cpu" or "cuda"; vllm: whether vLLM samples; dtype: what sampler and update compute in; longest: tokens of the
+    longest (question, question with scaffold); others: what `other_parts` gives, where it is known.
+    """
+    gpu, (ranks, here) = device == "cuda", ranks_of(config)
+    if ranks > 1:
         layouts = [Layout(), Layout(each_pack=True)]
-    elif device == "cuda" and not config.lora:
+    elif gpu and not config.lora:
         layouts = {"auto": [Layout(), Layout(True)], "yes": [Layout(True)], "no": [Layout()]}[config.offload]
     else:
         layouts = [Layout()]
+    others = others or other_parts(config, model_config, gpu, vllm, dtype, longest)
     for layout in layouts:
-        found = parts(config, model_config, device, vllm, layout, dtype, longest)
+        found = [replace(part, bytes=part.bytes * here) if part.place == "host" or not gpu else part
+                 for part in policy_parts(config, model_config, gpu, layout, dtype) + others]
         if peak(found, "device") <= device_bytes(config, device):
             break
     return layout, found
@@ -204,6 +204,46 @@ def device_bytes(config, device):
         return USABLE * config.gpu_gb * 1e9
     free, there = torch.cuda.mem_get_info()
     return min(free, USABLE * there)
+
+
+def room(config, device):
+    """Bytes that can be filled: {place: bytes}. The host of a GPU that is not there (--gpu-gb) is unknown."""
+    found = {"device": device_bytes(config, device)}
+    if device == "cuda" and not config.gpu_gb:
+        found["host"] = device_bytes(config, "cpu")
+    return found
+
+
+def fits(parts, room):
+    """Whether no place is fuller than it can be."""
+    return all(peak(parts, place) <= size for place, size in room.items())
+
+
+def remedy(config, device, room, parts_of):
+    """What would make a run fit: one or more flags, or else other settings. parts_of: a Config to its parts."""
+    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}, "--token-budget 1024": {"token_budget": 1024}}
+    if device == "cuda" and ranks_of(config)[0] == 1 and not config.lora:
+        flags = {"--offload no": {"offload": "no"}, "--offload yes": {"offload": "yes"}, **flags}
+    tries = [*([name] for name in flags), list(flags)[1:]]
+    if not config.lora:
+        flags["--lora 32"] = {"lora": 32, "offload": "auto"}
+        tries += [["--lora 32"], ["--lora 32", "--gradient-checkpointing", "--token-budget 1024"]]
+    for names in tries:
+        changed = replace(config, **{key: value for name in names for key, value in flags[name].items()})
+        if fits(parts_of(changed), room):
+            return f"{' '.join(names)} would make it fit"
+    return "take a smaller --model, or shorter --max-new-tokens and --max-prompt-tokens"
+
+
+def refuse(config, device, parts, parts_of):
+    """Raise ValueError, in one line, for a run that does not fit, with what would make it fit."""
+    found = room(config, device)
+    if fits(parts, found):
+        return
+    places = {"device": "the GPU" if device == "cuda" else "this machine", "host": "the host"}
+    needed = " and ".join(f"{peak(parts, place) / 1e9:.1f} GB of {places[place]}, where {size / 1e9:.1f} can be filled"
+                          for place, size in found.items() if peak(parts, place) > size)
+    raise ValueError(f"the run would take {needed} (--plan shows it by parts): {remedy(config, device, found, parts_of)}")
 
 
 def container_limits(root="/"):

@@ -128,6 +128,8 @@ def choose_device(config):
     device = "cuda" if gpu and config.device != "cpu" else "cpu"
     if device == "cpu" and config.offload == "yes":
         raise ValueError("--offload yes: there is no GPU, the policy is in the host's memory already")
+    if config.offload == "yes" and config.lora:
+        raise ValueError("--offload yes: with --lora there is next to nothing to keep in the host's memory")
     if config.offload == "yes" and memory.ranks_of(config)[0] > 1:
         raise ValueError("--offload yes is for one GPU: several divide master weights and optimizer state among them")
     return device
@@ -219,8 +221,12 @@ def set_up(config, after_evaluation):
 
 
 def choose_layout(config, model_config, device, vllm, dtype, lengths):
-    """(memory.Layout, the share of the GPU's memory that vLLM may take)."""
-    layout, parts = memory.needs(config, model_config, device, vllm, dtype, lengths.max(axis=0).tolist())
+    """(memory.Layout, the share of the GPU's memory that vLLM may take). Raises ValueError for a run that does not fit."""
+    def needs(config):
+        return memory.needs(config, model_config, device, vllm, dtype, lengths.max(axis=0).tolist())
+
+    layout, parts = needs(config)
+    memory.refuse(config, device, parts, lambda config: needs(config)[1])
     layout = max(ranks.gather(layout))  # GPUs may differ
     if layout != memory.Layout():
         say(layout.sentence)

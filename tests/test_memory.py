@@ -1,5 +1,6 @@
 """The arithmetic of --plan against what really happens, and its words."""
 
+import re
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from conftest import ROOT, RUN, command, needs_vllm
-from plumbing import memory
+import ruscarl
+from conftest import ROOT, RUN, command, needs_vllm, refused
+from plumbing import memory, prepare
 from plumbing.config import parse_training
 from plumbing.vllm_setup import kv_bytes_per_token
 
@@ -73,6 +75,49 @@ def test_gradients_are_reduced_once_a_mini_batch_where_whole_ones_fit():
         assert layout == memory.Layout(each_pack=each_pack)
         assert memory.peak(parts, "device") < memory.device_bytes(config, "cuda")
         assert memory.peak(parts, "host", ["loading"]) == pytest.approx(4 * 7.6156e9 + 8 * 1.5e9, rel=1e-3)  # once
+
+
+@pytest.mark.parametrize("groups, files, limits", [
+    ("0::/", {"sys/fs/cgroup/memory.max": "8000\n"}, [8000]),
+    ("0::/a/b", {"sys/fs/cgroup/a/b/memory.max": "max", "sys/fs/cgroup/a/memory.max": "7000"}, [7000]),
+    ("0::/of/the/host", {"sys/fs/cgroup/memory.max": "6000"}, [6000]),  # as a container sees its own group
+    ("5:cpu,memory:/docker/x\n4:cpuset:/\n0::/", {"sys/fs/cgroup/memory/docker/x/memory.limit_in_bytes": "5000",
+                                                  "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
+     [5000, 9223372036854771712]),
+    ("3:cpuset:/x", {"sys/fs/cgroup/memory.max": "4000"}, []), (None, {}, []),
+])
+def test_limits_of_containers_are_read(groups, files, limits, tmp_path):
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        if text is not None:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+    assert memory.container_limits(tmp_path) == limits
+
+
+def test_a_run_that_a_container_has_no_room_for_is_refused_before_weights_are_loaded(flags, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "container_limits", lambda: [700_000_000])
+    monkeypatch.setattr(prepare, "load_policy", None)
+    line = refused(ruscarl, capsys, *flags)
+    assert re.search(r"would take 0\.\d GB of this machine, where 0\.7 can be filled \(--plan .*\): take a smaller", line)
+
+
+def test_a_host_without_room_is_refused_and_the_flag_that_helps_is_named(monkeypatch):
+    config, model = parse_training(["--model", "Qwen/Qwen2.5-7B-Instruct"])[1], qwen_7b()
+    others = memory.other_parts(config, model, True, True, torch.bfloat16)
+    sizes = {"cpu": 64e9, "cuda": 73.6e9}
+    monkeypatch.setattr(memory, "device_bytes", lambda config, device: sizes[device])
+
+    def parts_of(config):
+        return memory.needs(config, model, "cuda", True, torch.bfloat16, others=others)[1]
+
+    with pytest.raises(ValueError, match=r"112\.5 GB of the host, where 64\.0 .*: --lora 32 would make it fit$") as refusal:
+        memory.refuse(config, "cuda", parts_of(config), parts_of)
+    assert "GPU" not in str(refusal.value)
+    config.lora = 32
+    memory.refuse(config, "cuda", parts_of(config), parts_of)
+    sizes.update(cpu=200e9, cuda=10e9)
+    with pytest.raises(ValueError, match=r"GB of the GPU, where 10\.0 can be filled .* take a smaller --model"):
+        memory.refuse(config, "cuda", parts_of(config), parts_of)
 
 
 def test_a_key_value_cache_by_hand():

@@ -1,6 +1,5 @@
 """--plan: what a run will do and whether it fits, before any weights are loaded."""
 
-import dataclasses
 from statistics import mean
 
 from judge import judge_messages
@@ -32,14 +31,11 @@ def print_plan(config):
     def parts_of(config):
         return memory.needs(config, model_config, device, vllm, dtype, longest)[1]
 
-    room = {"device": memory.device_bytes(config, device)}
-    if device == "cuda" and not config.gpu_gb:  # the host of a GPU that is not there is unknown
-        room["host"] = memory.device_bytes(config, "cpu")
-    parts = parts_of(config)
+    room, parts = memory.room(config, device), parts_of(config)
     print_memory(config, device, parts, room)
-    if fits(parts, room):
+    if memory.fits(parts, room):
         return True
-    print(remedy(config, device, room, parts_of))
+    print(memory.remedy(config, device, room, parts_of))
     return False
 
 
@@ -90,20 +86,4 @@ def print_memory(config, device, parts, room):
                       for place, size in room.items())
     if config.gpu_gb:
         found += f", and {memory.peak(parts, 'host') / 1e9:.0f} GB in the host"
-    print(f"\n{'fits' if fits(parts, room) else 'does not fit'}: {found}")
-
-
-def fits(parts, room):
-    """Whether no place is fuller than it can be."""
-    return all(memory.peak(parts, place) <= size for place, size in room.items())
-
-
-def remedy(config, device, room, parts_of):
-    """What would make a run fit: one or both of two flags, or else other settings. parts_of: a Config to its parts."""
-    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}}
-    flags |= {"--offload yes": {"offload": "yes"}} if device == "cuda" else {"--token-budget 1024": {"token_budget": 1024}}
-    for names in (*([name] for name in flags), list(flags)):
-        changed = dataclasses.replace(config, **{key: value for name in names for key, value in flags[name].items()})
-        if fits(parts_of(changed), room):
-            return f"{' '.join(names)} would make it fit"
-    return "take a smaller --model, or shorter --max-new-tokens and --max-prompt-tokens"
+    print(f"\n{'fits' if memory.fits(parts, room) else 'does not fit'}: {found}")
