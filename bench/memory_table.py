@@ -75,9 +75,9 @@ def main():
              f"`{' '.join(['python bench/memory_table.py', *sys.argv[1:]])}`, {date.today()}. Arithmetic: nothing has run "
              "on a GPU.", "",
              f"The longest response, of {lengths} tokens, that fits beside a question of 4,096, and in brackets GB of the "
-             "host's memory. Qwen2.5's shapes, bfloat16, groups of 8, gradient checkpointing, a reference policy, vLLM on the same "
-             f"GPU; packs of {BUDGETS[0]:,} tokens, or (*) of one response, `--token-budget {BUDGETS[1]}`. Full: `--offload "
-             f"auto`. LoRA: `--lora {MODES['LoRA']}`. 8% of a card is left free.", "",
+             "host's memory. Qwen2.5's shapes, bfloat16, groups of 8, gradient checkpointing, a reference policy, vLLM on "
+             f"the same GPU; packs of {BUDGETS[0]:,} tokens, or (*) of one response, `--token-budget {BUDGETS[1]}`. Full: "
+             f"`--offload auto`. LoRA: `--lora {MODES['LoRA']}`. 8% of a card is left free.", "",
              f"| model | | {' | '.join(f'{card} GB' for card in CARDS)} |", "|---|---|" + "---|" * len(CARDS)]
     for size, of_size in found.items():
         lines += [f"| {size} | {mode} | {' | '.join(map(cell, of_size[mode].values()))} |" for mode in MODES]
