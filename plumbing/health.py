@@ -58,7 +58,7 @@ def health_line(health):
     kinds, verdicts = [found["kind"] for found in health.values()], sum(found["verdicts"] for found in health.values())
     penalties = sum(found["kind"] == "dead" and (points or 0) < 0 for (_, points), found in health.items())
     unknown = sum(found["unknown"] * found["verdicts"] for found in health.values()) / max(1, verdicts)
-    return (f"{len(kinds)} criteria in training: {kinds.count('saturated')} saturated (met by more than {SATURATED:.0%}), "
+    return (f"{len(kinds):,} criteria in training: {kinds.count('saturated')} saturated (met by more than {SATURATED:.0%}), "
             f"{kinds.count('dead')} dead (met by none; {penalties} of them penalties), "
             f"{kinds.count('never separates')} never separate a group; {unknown:.1%} of the verdicts unknown")
 
