@@ -199,7 +199,7 @@ def peak(parts, place, times=TIMES):
 def device_bytes(config, device):
     """Memory that can be filled: this machine's ("cpu"), or of its GPU what no other process has, or --gpu-gb."""
     if device == "cpu":
-        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits())
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits()])
     if config.gpu_gb:
         return USABLE * config.gpu_gb * 1e9
     free, there = torch.cuda.mem_get_info()
