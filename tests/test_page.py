@@ -411,7 +411,7 @@ def test_texts_of_models_run_nothing_and_load_nothing(browser, server, tmp_path)
     requests = [json.loads(entry["message"])["message"] for entry in browser.logs("performance")]
     sent = [one["params"] for one in requests if one["method"] == "Network.requestWillBeSent"]
     own = (folder / "page.html").as_uri()
-    assert {one["request"]["url"] for one in sent if one["documentURL"] == own} == {own}  # others are the browser's first tab's
+    assert {one["request"]["url"] for one in sent if one["documentURL"] == own} == {own}  # not the first tab
     browser.script("""
         const script = document.createElement('script'), image = document.createElement('img');
         script.textContent = 'window.hacked = 1';
