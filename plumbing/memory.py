@@ -221,10 +221,13 @@ def fits(parts, room):
 
 def remedy(config, device, room, parts_of):
     """What would make a run fit: one or more flags, or else other settings. parts_of: a Config to its parts."""
-    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True}, "--token-budget 1024": {"token_budget": 1024}}
+    budgets = [size for size in (8192, 4096, 2048) if size < config.token_budget] + [1024]
+    flags = {"--gradient-checkpointing": {"gradient_checkpointing": True},
+             **{f"--token-budget {size}": {"token_budget": size} for size in budgets}}
     if device == "cuda" and ranks_of(config)[0] == 1 and not config.lora:
         flags = {"--offload no": {"offload": "no"}, "--offload yes": {"offload": "yes"}, **flags}
-    tries = [*([name] for name in flags), list(flags)[1:]]
+    least = [name for name in flags if not name.startswith(("--offload no", "--token-budget"))] + ["--token-budget 1024"]
+    tries = [*([name] for name in flags), least]
     if not config.lora:
         flags["--lora 32"] = {"lora": 32, "offload": "auto"}
         tries += [["--lora 32"], ["--lora 32", "--gradient-checkpointing", "--token-budget 1024"]]
