@@ -83,13 +83,14 @@ def _tiny_model(kind, settings, wider, attention=None):
     settings, lengths = json.loads(settings), []
     settings.pop("quantization_config", None)
     _shrink(settings, wider, lengths)
-    options = {"attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": False}
+    options = {"attn_implementation": attention, "dtype": torch.float32}
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options).num_parameters()
+        model = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options, trust_remote_code=False)
+    size = model.num_parameters()
     if size > LARGEST:
         raise ValueError(f"that takes {size:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options).eval()
+    model = AutoModelForCausalLM.from_config(kind.from_dict(settings), **options, trust_remote_code=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # large enough for attention to matter
             noise = torch.randn_like(parameter)

@@ -334,7 +334,7 @@ def test_fewer_chunks_read_the_head_on_a_gpu(monkeypatch):
     assert packs.CHUNK["cuda"] == 2048 and packs.CHUNK["cpu"] == 256
     monkeypatch.setitem(packs.CHUNK, "cpu", 3)
     seen = []
-    monkeypatch.setattr(packs.TargetLogprobs, "apply", lambda *args: seen.append(args[-1]) or (None, None))
+    monkeypatch.setattr(packs.TargetLogprobs, "apply", lambda *args: seen.append(args[-2]) or (None, None))
     pack = make_packs([[1, 2]], [[3, 4, 5]], 100)[0]
     packs.response_logprobs(tiny_model(), pack)
     packs.response_logprobs(tiny_model(), pack, chunk=5)

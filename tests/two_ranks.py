@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import grpo
 from fork_server import signal_when
 from plumbing import checkpoints, lora, ranks
+from plumbing.config import Config
 from plumbing.optimizer import MasterAdamW, frozen_copy
 from plumbing.policy import cast, named_weights, shard
 from plumbing.prepare import make_reference
@@ -127,7 +128,7 @@ def deal_out_weights(folder):
     model, _, weights = policy.load_on_ranks(Path(folder) / "model")
     assert bool(weights) == ranks.leader()
     sampler = TransformersSampler(model, [1])
-    reference = make_reference(model, torch.bfloat16, "cpu", weights)
+    reference = make_reference(Config(), model, torch.bfloat16, "cpu", weights)
     shard(model, "cpu", torch.float32, weights=weights)
     whole = dict(own(Path(folder) / "model")[0].named_parameters(remove_duplicate=False))
     sampler.sync(named_weights(model))
