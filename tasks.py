@@ -79,7 +79,7 @@ def load_tasks(source, limit=None, need_rubrics=True):
             bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.jsonl")))
             raise ValueError(f"unknown tasks {str(source)!r}: give {bundled}, healthbench, or a {', '.join(READERS)} file")
         if not path.is_file():
-            raise FileNotFoundError(f"{'a folder, not a task file' if path.is_dir() else 'no such task file'}: {source}")
+            raise FileNotFoundError(f"{'tasks: a folder, not a file' if path.is_dir() else 'no such task file'}: {source}")
     tasks, places, repeated = {}, {}, 0
     for place, record in itertools.islice(READERS[path.suffix.lower()](path), limit):
         task = _parse_task(record, place, need_rubrics)
@@ -185,11 +185,13 @@ def _parse_task(record, place, need_rubrics):
     for outer in ("reward_model", "extra_info", "conversation"):
         if isinstance(record.get(outer), dict):
             record = {**record, outer: None, **{f"{outer}.{name}": value for name, value in record[outer].items()}}
+    there = ", ".join(shown(key) for key in list(record)[:8])
     name, messages = _field(record, PROMPT, place)
+    if messages is None:
+        raise ValueError(f"{place}: {name}: missing (the record has {there})")
     messages = _parse_messages(messages, f"{place}: {name}")
     name, rubrics = _field(record, RUBRICS, place)
     if not isinstance(rubrics, list | None) or (need_rubrics and not rubrics):
-        there = ", ".join(shown(key) for key in list(record)[:8])
         raise ValueError(f"{place}: {name}: " + (f"must be a list{got(rubrics)}" if rubrics else
                                                  f"missing or empty (the record has {there})"))
     rubric = tuple(_parse_criterion(c, f"{place}: {name}[{i}]") for i, c in enumerate(rubrics or []))

@@ -60,7 +60,8 @@ def health_line(health):
     unknown = sum(found["unknown"] * found["verdicts"] for found in health.values()) / max(1, verdicts)
     return (f"{len(kinds):,} criteria in training: {kinds.count('saturated')} saturated (met by more than {SATURATED:.0%}), "
             f"{kinds.count('dead')} dead (met by none; {penalties} of them penalties), "
-            f"{kinds.count('never separates')} never separate a group; {unknown:.1%} of the verdicts unknown")
+            f"{kinds.count('never separates')} of the others never separate a group; "
+            f"{unknown:.1%} of {verdicts:,} verdicts unknown")
 
 
 def standard_error(groups, name):

@@ -78,7 +78,7 @@ def linear_layers(model, rank):
         raise ValueError(f"--lora {rank}: the blocks of this model have no linear layers")
     name, smallest = min(found.items(), key=lambda item: min(item[1].weight.shape))
     if rank > min(smallest.weight.shape):
-        raise ValueError(f"--lora {rank}: more than {name} has, which is {smallest.in_features} x {smallest.out_features}")
+        raise ValueError(f"--lora {rank}: must be at most {min(smallest.weight.shape)}, which {name} has")
     return found
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from plumbing import packs
 from plumbing.architectures import examine
+from plumbing.lora import linear_layers
 from plumbing.vllm_setup import cpu_cache_bytes, kv_bytes_per_token
 
 USABLE = 0.92  # of a GPU's memory; the rest is lost to fragments
@@ -75,9 +76,9 @@ def parameter_sizes(model_config):
 
 
 def adapter_parameters(model_config, rank):
-    """Number of elements of A [rank, in] and B [out, rank] on all linear layers of the blocks: those of --lora."""
-    layers = packs.blocks(meta_model(model_config))[1].modules()
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers if isinstance(layer, torch.nn.Linear))
+    """Number of elements of A [rank, in] and B [out, rank] of --lora. Raises ValueError like lora.linear_layers."""
+    layers = linear_layers(meta_model(model_config), rank).values()
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def update_parts(config, model_config, gpu, dtype, question):

@@ -155,6 +155,8 @@ def read_lines(path, kinds):
             raise ValueError(f"{wrong[0]}: must be finite")
 
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        terminal.say(f"{path}: its last line is not whole, and is left out")
     return [read_object(f"{path}, line {number}", line, check) for number, line in enumerate(lines, 1)
             if number < len(lines) or line.endswith(b"\n")]
 

@@ -108,7 +108,7 @@ def summary(run, config):
     rows = [row for row in run.rows() if "eval/score" in row]
     ends = rows[0], rows[-1]
     samples = [held_out_samples(run, row["step"]) for row in ends]
-    print(f"\nThe {config.held_out} held-out questions, asked without scaffold, {config.eval_samples} responses to each\n")
+    print(f"\nThe {config.held_out} held-out questions, asked without scaffold; responses to each: {config.eval_samples}\n")
     table = [("", "before", "after"),
              ("score (at most 1)", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in ends)),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in ends)),
@@ -161,6 +161,8 @@ def change(before, after):
     changes = [means[1][task] - mean for task, mean in means[0].items() if task in means[1]]
     if len(changes) < 2:
         return "Too few questions have a score before and after to tell a change from chance."
+    if not any(changes):
+        return "No question's score has changed."
     error = stdev(changes) / len(changes) ** 0.5
     verdict = "more" if abs(fmean(changes)) > 2 * error else "not more"
     return (f"The score changed by {fmean(changes):+.3f} +- {error:.3f}: {verdict} than two standard errors. Each +- is one "

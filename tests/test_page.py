@@ -103,7 +103,7 @@ def test_criterion_health():
     assert found["nobody knows"]["met"] is None and found["none"]["unknown"] == 1 / 8
     assert health.health_line(health.criterion_health(health.criterion_counts(groups))) == (
         "5 criteria in training: 1 saturated (met by more than 95%), 1 dead (met by none; 1 of them penalties), "
-        "1 never separate a group; 25.0% of the verdicts unknown")
+        "1 of the others never separate a group; 25.0% of 40 verdicts unknown")
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole():
@@ -202,7 +202,7 @@ def test_a_run_that_is_still_going(tmp_path, capsys):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "rewa')  # being written just now
     before = (folder / "metrics.jsonl").read_bytes()
-    assert page.main([str(folder)]) == 0 and "page.html: 0.0 MB" in capsys.readouterr().out
+    assert page.main([str(folder)]) == 0 and "page.html: 0.0" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_bytes() == before
     (folder / "metrics.jsonl").unlink()  # the first step is not done yet
     assert page.main([str(folder)]) == 0

@@ -111,7 +111,7 @@ def criterion(**changes):
 @pytest.mark.parametrize(("record", "message"), [
     ("{", "unreadable JSON"), ("[]", "JSON object"), ("[" * 100_000, "unreadable JSON"),
     (changed(prompt=[]), r"prompt: must be a text or a list of at least one message, got \[\]"),
-    (changed(prompt=None), "at least one message, but is missing"),
+    (changed(prompt=None), r"prompt: missing \(the record has 'prompt_id', 'prompt', "),
     ('{"prompt": [', "it ends too early; a record has to be on one"),
     ('{"prompt": x}', "unreadable JSON: Expecting value at column 12"),
     (changed(prompt=[{"role": "assistant", "content": "Hi"}]), "last message is from the assistant"),

@@ -248,8 +248,11 @@ def main(argv=None):
     parser = Parser(prog="tools.page", allow_abbrev=False, description="A run, two runs or an evaluation as one HTML file.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="runs/NAME or evaluations/NAME")
     parser.add_argument("other", type=Path, metavar="RUN", nargs="?", help="a second run, for the same page")
-    path = page(**vars(parser.parse_args(argv)))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    given = parser.parse_args(argv)
+    if given.other and given.other.resolve() == given.folder.resolve():
+        parser.error(f"{given.other}: the same run twice")
+    path = page(given.folder, given.other)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
