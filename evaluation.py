@@ -9,7 +9,7 @@ Everything is written into the folder --output, see docs/evaluation.md. The same
 missing, unknown verdicts included. With another judge it judges the kept responses again, without sampling.
 """
 
-from plumbing.config import parse_evaluation as parse_command_line
+from plumbing.command_line import parse_evaluation as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     COMMAND_LINE = parse_command_line()
@@ -26,10 +26,10 @@ import torch
 from judge import score
 from plumbing import prepare, terminal
 from plumbing.architectures import examine
+from plumbing.files import JsonLines, claim, read_object
 from plumbing.packs import make_packs, response_logprobs
 from plumbing.policy import cast, load_config, load_policy, named_weights, policy_folder, prompt_ids
 from plumbing.rules import rule_from_tags
-from plumbing.runs import JsonLines, claim, read_object
 from ruscarl import make_rollouts, sample_and_judge, sampling
 from tasks import digest, load_tasks, split_tasks
 from tools import measures

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from judge import score
 from plumbing.chat import ChatError
-from plumbing.config import parse_refinement as parse_command_line
+from plumbing.command_line import parse_refinement as parse_command_line
+from plumbing.files import JsonLines, as_lines, claim, write_whole
 from plumbing.rules import shown
-from plumbing.runs import JsonLines, as_lines, claim, write_whole
 from plumbing.terminal import run_command, say
 from tasks import digest, load_tasks, read_jsonl
 from tools.proposer import ChatProposer, Verifier

@@ -14,7 +14,7 @@ what needed prompting becomes habit.
 
 import sys
 
-from plumbing.config import parse_training as parse_command_line
+from plumbing.command_line import parse_training as parse_command_line
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes answer at once
     ACTION, COMMAND_LINE = parse_command_line()

@@ -32,8 +32,8 @@ from pathlib import Path
 
 from plumbing.config import cache_dir
 from plumbing.fetch import BadAnswer, fetch, why_failed
+from plumbing.files import parse_json
 from plumbing.rules import rule_from_tags, shown
-from plumbing.runs import parse_json
 from plumbing.terminal import say
 
 # The names of a field, the first one HealthBench's; a record has one of them.

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lab import ROOT
 from output import write
+from plumbing.files import JsonLines, write_whole
 from plumbing.policy import cpu_dtype
-from plumbing.runs import JsonLines, write_whole
 
 
 def measure(folder, *flags):

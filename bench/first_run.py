@@ -32,7 +32,7 @@ from lab import ROOT
 from lab_report import plus_minus
 from output import write
 from plumbing.chat import Server
-from plumbing.runs import JsonLines, read_object
+from plumbing.files import JsonLines, read_object
 from tasks import Criterion, load_tasks
 
 ARMS = {"RuscaRL": [], "plain GRPO": ["--decay", "none"]}

@@ -23,7 +23,7 @@ from first_run import evaluate
 
 from lab_report import plus_minus
 from output import write
-from plumbing.runs import read_object, write_whole
+from plumbing.files import read_object, write_whole
 from step import machine
 
 

@@ -19,7 +19,7 @@ from transformers import Qwen2Config
 
 from output import earlier, write
 from plumbing import memory
-from plumbing.config import parse_training
+from plumbing.command_line import parse_training
 
 # width, layers, heads, key heads, width of the feed-forward part, vocabulary, whether embedding and output layer are one
 SHAPES = {"0.5B": (896, 24, 14, 2, 4864, 151936, True), "1.5B": (1536, 28, 12, 2, 8960, 151936, True),

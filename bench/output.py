@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plumbing.runs import JsonLines
+from plumbing.files import JsonLines
 
 READING = "## Reading"  # what stands below this line of a report was written by hand, and stays
 

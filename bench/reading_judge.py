@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lab import ROOT
 from output import write
-from plumbing.runs import JsonLines, as_lines
+from plumbing.files import JsonLines, as_lines
 from tasks import load_tasks
 
 PROMPTS, EACH, SHOWN = 12, 8, (0, 5, 10)  # questions, responses of each model, numbers of the questions that are printed

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import requests
 
 from plumbing.fetch import BadAnswer, fetch, why_failed
+from plumbing.files import read_object
 from plumbing.rules import unique_keys
-from plumbing.runs import read_object
 from plumbing.terminal import one_line, say
 
 LONGEST_PAUSE = 60.0  # seconds between two tries, whatever Retry-After says

@@ -15,8 +15,8 @@ from torch.nn import Linear, Parameter
 from torch.nn.functional import linear
 
 from plumbing import ranks
+from plumbing.files import new_folder
 from plumbing.packs import blocks, call
-from plumbing.runs import new_folder
 from plumbing.terminal import say
 
 ALPHA = 32

@@ -30,8 +30,8 @@ from transformers.utils import logging
 from plumbing import lora, ranks
 from plumbing.architectures import examine
 from plumbing.config import absent, cache_dir
+from plumbing.files import new_folder
 from plumbing.packs import blocks
-from plumbing.runs import new_folder
 from plumbing.terminal import one_line, say
 
 hub_logging.set_verbosity_error()  # it would report each of its retries

@@ -1,6 +1,5 @@
 """bench/gpu.py, tried on a CPU: its report, its arithmetic, and that it keeps what it has."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ sys.path.append(str(ROOT / "bench"))
 import gpu
 from plumbing.packs import make_packs, response_logprobs
 
-LAYOUTS = ["device", *["lora"] * bool(importlib.util.find_spec("plumbing.lora"))]
+LAYOUTS = ["device", "lora"]
 # What this project is installed with, and a machine with torch and transformers alone does not have.
 WITHOUT = """
 import runpy, sys

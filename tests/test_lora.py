@@ -23,7 +23,7 @@ import grpo
 import ruscarl
 from conftest import RUN, Terminal, command, flags_in, refused, rows, shows, tiny_model
 from plumbing import checkpoints, lora
-from plumbing.config import parse_training
+from plumbing.command_line import parse_training
 from plumbing.policy import checkpoint_gradients, load_policy, named_weights, policy_folder
 from plumbing.transformers_sampler import TransformersSampler
 from test_grpo import make_samples

@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 import ruscarl
 from conftest import ROOT, RUN, command, needs_vllm, refused
 from plumbing import memory, prepare
-from plumbing.config import parse_training
+from plumbing.command_line import parse_training
 from plumbing.vllm_setup import kv_bytes_per_token
 
 SMALL = ["--steps", "2", "--held-out", "2", "--eval-samples", "1", "--batch-size", "2", "--mini-batch-size", "1",

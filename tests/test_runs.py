@@ -12,7 +12,7 @@ import types
 import pytest
 
 from conftest import RUN, command, completion, start, write_tasks
-from plumbing import config, runs
+from plumbing import command_line, config, files, runs
 
 
 @pytest.mark.parametrize(("content", "mended", "said"), [
@@ -23,7 +23,7 @@ from plumbing import config, runs
 def test_only_a_torn_line_is_removed(tmp_path, capsys, content, mended, said):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    runs.JsonLines(path)
+    files.JsonLines(path)
     assert path.read_bytes() == mended
     assert said in capsys.readouterr().err
 
@@ -33,7 +33,7 @@ def test_other_rows_are_told_with_their_line(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"a": 1}}\n{line}\n{{"b": 2}}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: (must be a|unreadable) JSON"):
-        runs.JsonLines(path)
+        files.JsonLines(path)
 
 
 def test_a_row_without_its_step(tmp_path):
@@ -55,7 +55,7 @@ def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(SystemExit) as stop:
-        config.parse_training(["--runs", str(tmp_path), "--resume"])
+        command_line.parse_training(["--runs", str(tmp_path), "--resume"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -64,7 +64,7 @@ def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
 def test_damaged_settings_are_told(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
     with pytest.raises(ValueError, match=r"settings.json: (must be a|unreadable) JSON"):
-        runs.claim(tmp_path, {"samples": 2}, "samples.jsonl")
+        files.claim(tmp_path, {"samples": 2}, "samples.jsonl")
 
 
 def test_a_run_has_one_writer(server, flags, tmp_path):

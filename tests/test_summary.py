@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from plumbing import config, runs, terminal
+from plumbing import config, files, runs, terminal
 
 LONG = "Recommends seeing a doctor if it does not get better within a week or so."
 
@@ -47,7 +47,7 @@ def run(tmp_path):
     shares = dict.fromkeys(("eval/recited", "scaffold/recited_plain", "response/truncated", "clip_fraction"), 0.0)
     rows = [{"step": step, "eval/score": score, "eval/score_se": 0.01, "eval/length": 9.0, "eval/reached": 1,
              "eval/pass_rate": rates, "reward/mean": score, **shares} for step, score in ((0, 0.1), (2, 0.4))]
-    run.metrics.write_text(runs.as_lines(rows))
+    run.metrics.write_text(files.as_lines(rows))
     for step, (score, text) in {0: (0.1, "First.\x1b[2J"), 2: (0.4, "Second. More.")}.items():
         samples = [sample(task, score + i / 10, text) for task in ("a", "b") for i in range(2)]
         (run.folder / "rollouts" / f"eval_{step:05d}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))

@@ -15,15 +15,17 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import re
 import zlib
 from pathlib import Path
 
 from plumbing import terminal
-from plumbing.config import Parser
+from plumbing.command_line import Parser
+from plumbing.files import read_lines, read_object, write_whole
 from plumbing.health import health_line
 from plumbing.rules import recites
-from plumbing.runs import read_groups, read_lines, read_object, tally, training_health, write_whole
+from plumbing.runs import read_groups, tally, training_health
 from tasks import load_tasks
 
 LIMIT = 20_000_000  # bytes of a page
@@ -105,9 +107,21 @@ def shown_group(rollouts):
                         for r in rollouts]}
 
 
+def of_kinds(**kinds):
+    """A check for `read_lines`: the fields `kinds` of a record have these types, and its numbers are finite."""
+    def check(record):
+        for name, kind in kinds.items():
+            if type(record[name]) is not kind:
+                raise ValueError(f"{name}: must be {kind.__name__}, got {str(record[name])[:40]!r}")
+        if wrong := [name for name, value in record.items() if type(value) is float and not math.isfinite(value)]:
+            raise ValueError(f"{wrong[0]}: must be finite")
+
+    return check
+
+
 def run_part(folder, room):
     """(what the page of a run draws at once, its chunks: the rollouts of a step or an evaluation each)."""
-    config, rows = read_object(folder / "config.json"), read_lines(folder / "metrics.jsonl", {"step": int})
+    config, rows = read_object(folder / "config.json"), read_lines(folder / "metrics.jsonl", of_kinds(step=int))
     rows = [{name: value for name, value in row.items() if type(value) in (int, float)} for row in rows]
     files, total = [], 0  # (kind, label, path, groups in it)
     for row in rows:
@@ -185,8 +199,8 @@ def health_table(health):
 def evaluation_part(folder, room):
     """(what the page of an evaluation draws at once, its chunks: the responses of each side with each judge's verdicts)."""
     settings, groups = read_object(folder / "settings.json"), {}
-    kinds = {"side": str, "task": str, "sample": int, "text": str, "verdicts": dict, "rewards": dict}
-    for row in read_lines(folder / "samples.jsonl", kinds):  # the last line of a response counts
+    check = of_kinds(side=str, task=str, sample=int, text=str, verdicts=dict, rewards=dict)
+    for row in read_lines(folder / "samples.jsonl", check):  # the last line of a response counts
         groups.setdefault(row["side"], {}).setdefault(row["task"], {})[row["sample"]] = row
     tasks = {task.id: task for task in load_tasks(str(settings.get("tasks")), need_rubrics=False)}
     judges = dict.fromkeys(judge for side in groups.values() for rows in side.values() for row in rows.values()
