@@ -472,9 +472,12 @@ def test_two_runs_in_one_page(browser, tmp_path, capsys):
     assert browser.script("return document.title") == "A and B"
     keys = browser.script("return [...document.querySelectorAll('figure .key')].slice(0, 2).map((one) => one.textContent)")
     assert keys == ["A: eval/score", "B: eval/score"]
-    assert cards(browser, 0) == [f"held out {step} 0 {s}" for step in (4, 6) for s in (0, 1)]  # both at their end
+    assert cards(browser, 0) == [f"held out 4 0 {s}" for s in (0, 1)] * 2  # the last evaluation of both
     heads = browser.script("return [...document.querySelectorAll('th[scope=colgroup]')].map((one) => one.textContent)")
-    assert heads == ["A: held out, after 4 steps", "B: held out, after 6 steps"]
+    assert heads == ["A: held out, after 4 steps", "B: held out, after 4 steps"]
+    other = make_run(tmp_path / "C", steps=5, every=5)  # evaluated at other steps, but for the first
+    opened(browser, page.page(first, other))
+    assert cards(browser, 0) == [f"held out {step} 0 {s}" for step in (4, 5) for s in (0, 1)]
     assert [entry for entry in browser.logs() if entry["level"] != "DEBUG"] == []
 
 
