@@ -11,8 +11,6 @@ their sections of judge.md, refine writes refine.md.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lab import ROOT
 from output import write
 from plumbing.files import JsonLines, as_lines
+from step import machine
 from tasks import load_tasks
 
 PROMPTS, EACH, SHOWN = 12, 8, (0, 5, 10)  # questions, responses of each model, numbers of the questions that are printed
@@ -97,8 +96,8 @@ def section(args, name, lines):
 
 def about():
     """The line that says how the figures came about."""
-    return (f"`python bench/reading_judge.py`, {date.today()}, {os.cpu_count()} cores ({platform.machine()}, AMD EPYC with "
-            "bfloat16), no GPU; the model (4-bit weights, dequantised) behind vLLM's server in bfloat16, on the same cores.")
+    return (f"`python bench/reading_judge.py`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, dequantised) "
+            "behind vLLM's server in bfloat16, on the same cores.")
 
 
 def refine(args):
