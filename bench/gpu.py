@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 import grpo
-from plumbing import memory
+from plumbing import lora, memory
 from plumbing.config import Config
 from plumbing.optimizer import make_optimizer
 from plumbing.packs import make_packs, response_logprobs
@@ -235,8 +235,6 @@ class Trainer:
         self.device, self.lora, self.config = device, layout == "lora", qwen(shape)
         self.policy = random_model(self.config, device, dtype if self.lora else torch.float32)
         if self.lora:
-            from plumbing import lora
-
             lora.add_adapters(self.policy, RANK, 0)
         self.optimizer = make_optimizer(self.policy, Config(lr=1e-6, lora=RANK if self.lora else 0),
                                         "cpu" if layout == "host" else device, device, dtype)
