@@ -325,6 +325,18 @@ def test_a_criterion_that_stays_keeps_its_rule_and_its_points(server):
     client.close()
 
 
+@pytest.mark.parametrize("stubborn", [1, 2])
+def test_a_rubric_that_comes_back_is_asked_for_once_more(server, stubborn):
+    rubric, changed = (Criterion("Is kind.", 2),), (Criterion("Is kind.", 3),)
+    server.answers = lambda body, number: completion(json.dumps({"better": "B", "criteria": [
+        {"criterion": "Is kind.", "weight": 2 if number <= stubborn else 3}]}))
+    client = ChatClient([server.url], "judge", retries=1, first_pause=0.01)
+    new, better = ChatProposer(client).refine(TASK, rubric, ["a", "b"], [[True]] * 2)
+    assert (new, better) == (rubric if stubborn == 2 else changed, 1)
+    assert [request["temperature"] for request in server.requests] == [0, 0.7]
+    client.close()
+
+
 @pytest.mark.slow(5)
 def test_killed_and_continued(server, tmp_path):
     prompts, out = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out"

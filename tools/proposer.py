@@ -6,7 +6,6 @@ tells two responses apart, the better one: 0, 1 or None). Both raise ChatError w
 
 import json
 from dataclasses import replace
-from functools import partial
 
 from judge import ChatJudge, Judge
 from plumbing.chat import json_object, object_schema
@@ -79,12 +78,20 @@ class ChatProposer:
         return self.client.complete(messages, parse=parse_rubric, schema=RUBRIC_SCHEMA)[0]
 
     def refine(self, task, rubric, texts, verdicts):
-        """A criterion of `rubric` that comes back keeps its tags, and points that are no weight, such as a penalty's."""
-        new, better = self.client.complete(refine_messages(task.messages, rubric, texts, verdicts),
-                                           parse=partial(parse_rubric, need_better=True), schema=REFINE_SCHEMA)
-        old = {normalize(c.text): c for c in rubric}
-        kept = [(old.get(normalize(c.text), c), c.points) for c in new]
-        return tuple(replace(c, points=points) if c.points in WEIGHTS else c for c, points in kept), better
+        """A criterion of `rubric` that comes back keeps its tags, and points that are no weight, such as a penalty's. Where
+        the rubric comes back as it was, the model is asked once more, at a higher temperature."""
+        old, answers = {normalize(c.text): c for c in rubric}, []
+
+        def parse(text):
+            new, better = parse_rubric(text, need_better=True)
+            kept = [(old.get(normalize(c.text), c), c.points) for c in new]
+            answers.append(tuple(replace(c, points=points) if c.points in WEIGHTS else c for c, points in kept))
+            if len(answers) == 1 and set(answers[0]) == set(rubric):
+                raise ValueError("the rubric as it was")
+            return answers[-1], better
+
+        messages = refine_messages(task.messages, rubric, texts, verdicts)
+        return self.client.complete(messages, parse=parse, schema=REFINE_SCHEMA)
 
 
 class Verifier:
