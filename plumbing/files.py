@@ -145,6 +145,6 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is at work on this run: end it first, or wait for it") from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError:
+        say(f"{folder}: this file system has no locks, so that a second process here would not be noticed")
     _locks[folder.resolve()] = file

@@ -1,5 +1,6 @@
 """Files that a kill, or a hand, has damaged; two that want to write them."""
 
+import errno
 import fcntl
 import json
 import os
@@ -87,6 +88,16 @@ def test_a_run_has_one_writer(server, flags, tmp_path):
     server.answers = lambda body, n: good
     status, _, err, _ = command(RUN, "--runs", tmp_path / "runs", "--resume")
     assert status == 0 and len((folder / "metrics.jsonl").read_text().splitlines()) == 3, err
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, capsys, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.lock(tmp_path)
+    files.lock(tmp_path)  # it is this process that writes there
+    assert capsys.readouterr().err.count(f"{tmp_path}: this file system has no locks") == 1
 
 
 @pytest.mark.parametrize("resumed", [False, True])
