@@ -204,7 +204,8 @@ def refine(config):
     responses = read_responses(config.responses, [task.id for task in everything])
     if few := [task.id for task in tasks if len(responses[task.id]) < 2]:
         raise ValueError(f"--responses: task {few[0]} has fewer than two different responses")
-    clients = {name: client for name in ("proposer", "verifier") if (client := config.connect(name, max_tokens=4096))}
+    long = {"max_tokens": 4096, "timeout": 600.0}  # a rubric is longer than a verdict
+    clients = {name: client for name in ("proposer", "verifier") if (client := config.connect(name, **long))}
     proposer, verifier = ChatProposer(clients["proposer"]), Verifier(clients.get("verifier", clients["proposer"]))
     folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
     settings |= {f"{name}_model": client.model for name, client in clients.items()}
