@@ -27,7 +27,7 @@ from plumbing.command_line import parse_refinement as parse_command_line
 from plumbing.files import JsonLines, as_lines, claim, write_whole
 from plumbing.rules import shown
 from plumbing.terminal import run_command, say
-from tasks import digest, load_tasks, read_jsonl
+from tasks import digest, got, load_tasks, read_jsonl
 from tools.proposer import ChatProposer, Verifier
 
 PATIENCE = 2  # refinements in a row that are not kept before a rubric is left as it is
@@ -156,16 +156,20 @@ def read_responses(paths, known):
     found = {identity: {} for identity in known}  # {id: {text: None}}: a set that keeps its order
     for path in paths:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--responses: no such file: {path}")
+            raise FileNotFoundError(f"--responses: {'a folder, not a' if Path(path).is_dir() else 'no such'} file: {path}")
         for place, record in read_jsonl(path):
-            record = record if isinstance(record, dict) else {}
+            if not isinstance(record, dict):
+                raise ValueError(f"{place}: must be a JSON object{got(record)}")
             key, field = ("task", "text") if "task" in record else ("prompt_id", "responses")
             identity, texts = record.get(key), record.get(field)
-            if not isinstance(identity, str) or identity not in found:
+            if not isinstance(identity, str):
+                raise ValueError(f"{place}: {key}: must be a string{got(identity)}")
+            if identity not in found:
                 raise ValueError(f"{place}: {key}: no prompt has this id: {shown(identity)}")
-            texts = [texts] if field == "text" else texts
+            texts = [texts] if field == "text" and texts is not None else texts
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{place}: {field}: must be text")
+                raise ValueError(f"{place}: {field}: must be {'a string' if field == 'text' else 'a list of strings'}"
+                                 + got(record.get(field)))
             found[identity].update(dict.fromkeys(text for text in texts if text.strip()))
     return {identity: list(texts) for identity, texts in found.items()}
 

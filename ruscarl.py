@@ -229,7 +229,8 @@ def evaluate(config, step, sampler, judge, tokenizer, held_out, run):
     scores = numpy.array([numpy.mean(rewards) for rewards in by_task.values()])
     rates, wanted = pass_rates(rollouts), {c.text for task in held_out for c in task.rubric if c.points > 0}
     draws = numpy.random.default_rng(0).integers(len(scores), size=(1000, len(scores)))
-    return {"eval/score": float(scores.mean()), "eval/score_se": float(scores[draws].mean(axis=1).std()),
+    error = float(scores[draws].mean(axis=1).std()) if len(scores) > 1 else None  # of one task nothing is known
+    return {"eval/score": float(scores.mean()), "eval/score_se": error,
             "eval/length": float(numpy.mean([len(r.response_ids) for r in rollouts])), "eval/recited": recited(rollouts),
             "eval/reached": run.reached({text: rate for text, rate in rates.items() if text in wanted}),
             "eval/pass_rate": rates, "time/eval": time.monotonic() - began}
@@ -281,15 +282,17 @@ def main(action, config):
     try:
         if config.check_sync:
             check_sync(config, parts["policy"], parts["sampler"], parts["held_out"], parts["tokenizer"])
+        parts["run"].open()
         status = train_and_save(config, parts)  # all ranks come out of it together
         parts["sampler"].close()
         ranks.leave()
         return status
     except (OSError, RuntimeError) as error:  # OSError: a full disk
-        lost = ranks.lost(error)
-        if lost is None and not isinstance(error, OSError):
+        lost, full = ranks.lost(error), isinstance(error, torch.OutOfMemoryError)
+        if lost is None and not isinstance(error, OSError | torch.OutOfMemoryError):
             raise
-        stopped(lost or error, config, every_rank=lost is not None)
+        reason = lost or ("the GPU is out of memory: an update takes less with a lower --token-budget" if full else error)
+        stopped(reason, config, every_rank=full or lost is not None)
         return 1
     finally:
         parts["judge"].close()

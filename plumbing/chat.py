@@ -309,13 +309,13 @@ class ChatClient:
     def _text(self, answer):
         try:
             reply = json.loads(answer.content)  # .json() would put up with half a character
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            choice, usage = reply["choices"][0], reply.get("usage")
             text = choice["message"]["content"]
-            tokens = {name: min(max(int(usage.get(name) or 0), 0), LARGEST)
-                      for name in ("prompt_tokens", "completion_tokens")}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise ValueError("not a chat completion") from None
-        self._count(answers=1, **tokens)
+        usage = usage if isinstance(usage, dict) else {}
+        self._count(answers=1, **{name: min(max(usage[name], 0), LARGEST) for name in ("prompt_tokens", "completion_tokens")
+                                  if type(usage.get(name)) is int})
         if not isinstance(text, str) or not text.strip():
             raise ValueError("empty text")
         text.encode()  # half a surrogate pair is not text: a ValueError

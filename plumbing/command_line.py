@@ -101,13 +101,17 @@ def _new(given):
 def _resumed(given):
     """The Config of a run that is continued: its own, and the flags that may change."""
     name, saved = _saved(given.get("runs", Config.runs), given.get("name"))
-    unknown = set(saved) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(sorted(unknown))}")
+    known = [field.name for field in dataclasses.fields(Config)]
+    if unknown := sorted(set(saved) - set(known)):
+        raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(unknown)}")
+    if missing := [key for key in known if key not in saved]:
+        raise ValueError(f"cannot resume {name}: its config.json lacks {', '.join(missing)}")
     changes = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in given.items()
                if key not in MAY_CHANGE and value != saved.get(key)]
     if changes:
         raise ValueError(f"cannot resume {name} with another config: {', '.join(changes)}")
+    if given.get("judge_url") and not saved["judge_url"]:
+        raise ValueError(f"cannot resume {name} with --judge-url: it began without a server, which would judge otherwise")
     return Config(**{**saved, **given, "name": name})
 
 

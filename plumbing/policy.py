@@ -25,6 +25,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from plumbing import lora, ranks
@@ -62,10 +63,10 @@ def load_policy(source, dtype=torch.float32):
     return cast(model, dtype).eval(), tokenizer
 
 
-def load_on_ranks(source):
-    """(model without weights, tokenizer, {name: weight}) of `source`: of several ranks only the leader reads the weights,
-    float32, for `shard` to deal out; the others have {}. All of a model but its parameters is there on every rank."""
-    model, tokenizer = load_policy(source) if ranks.leader() else (None, load_config(source)[1])
+def load_on_ranks(source, dtype=torch.float32):
+    """(model without weights, tokenizer, {name: weight}) of `source`: of several ranks only the leader reads the weights, in
+    `dtype`, for `shard` to deal out; the others have {}. All of a model but its parameters is there on every rank."""
+    model, tokenizer = load_policy(source, dtype) if ranks.leader() else (None, load_config(source)[1])
     ranks.meet()  # the leader takes long, and from here on there are collectives, which have time-outs
     weights = {name: parameter.data for name, parameter in model.named_parameters()} if ranks.leader() else {}
     told = (model.config, model.generation_config, model.stored_dtype, dict(model.named_buffers())) if model else None
@@ -76,7 +77,7 @@ def load_on_ranks(source):
         place, _, own = name.rpartition(".")
         model.get_submodule(place)._buffers[own] = buffer
     model.generation_config, model.stored_dtype = generation_config, stored_dtype
-    return cast(model, torch.float32).eval(), tokenizer, weights
+    return cast(model, dtype).eval(), tokenizer, weights
 
 
 def materialise(model, device):
@@ -286,9 +287,14 @@ def choose_kernels(device):
 
 
 def checkpoint_gradients(policy):
-    """Have `policy` keep only the input of each layer for the backward pass, and compute the rest again there."""
+    """Have `policy` keep only the input of each layer for the backward pass, and compute the rest again there. Transformers
+    does so for a layer in training mode, which here ends before the layer computes: it would bring dropout with it."""
     policy.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.train()  # transformers checkpoints in training mode only
+    for layer in policy.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True
+            layer.register_forward_pre_hook(lambda layer, inputs: vars(layer).update(training=False))
+            layer.register_forward_hook(lambda layer, inputs, output: vars(layer).update(training=True), always_call=True)
 
 
 def keep_freed_memory():

@@ -96,7 +96,8 @@ def drop_long(config, tasks, tokenizer):
                             for shown in ((), task.rubric)] for task in measured])
     fits = lengths[:, 1] <= config.max_prompt_tokens
     if not fits.any():
-        raise ValueError(f"no task fits in --max-prompt-tokens {config.max_prompt_tokens}")
+        raise ValueError(f"--tasks {config.tasks}: no task fits in --max-prompt-tokens {config.max_prompt_tokens}; with its "
+                         f"whole rubric the shortest has {lengths[:, 1].min()}")
     if not fits.all():
         say(f"{(~fits).sum()} of {len(tasks)} tasks dropped: longer than --max-prompt-tokens {config.max_prompt_tokens} "
             "with the scaffold")
@@ -185,6 +186,8 @@ def set_up(config, after_evaluation):
     split_tasks(tasks, config.held_out)
     check_judge(config, tasks)
     client = config.connect("judge", ranks.size())
+    if client is not None:
+        config.judge_model = client.model  # the run stays with it when it is continued
     run = Run(config, digest(tasks), after_evaluation)
     vllm, dtype = choose_sampler(config, device)[0], computing_dtype(config, device)
     if len(set(ranks.gather((vllm, dtype)))) > 1:
@@ -198,13 +201,14 @@ def set_up(config, after_evaluation):
     limits = {"max_model_len": context if itself else config.max_prompt_tokens + config.max_new_tokens,
               "gpu_memory": gpu_memory, **({} if itself else {"max_num_seqs": memory.samples_at_once(config)})}
     keep_freed_memory()
-    policy, tokenizer, *weights = load_on_ranks(config.model) if ranks.size() > 1 else load_policy(config.model)
+    load = load_on_ranks if ranks.size() > 1 else load_policy
+    policy, tokenizer, *weights = load(config.model, dtype if config.lora else torch.float32)
     if config.lora:
         lora.linear_layers(policy, config.lora)  # a mistake is told before an engine starts
     sampler = make_sampler(config, policy, tokenizer, **limits)
     sampler.sleep()  # until the sync: a policy that is put on a GPU, or dealt out, takes room there
     if config.lora:  # after the sampler, which copies the plain model
-        lora.add_adapters(cast(policy, dtype), config.lora, config.seed)
+        lora.add_adapters(policy, config.lora, config.seed)
     reference = make_reference(config, policy, dtype, device, *weights) if config.kl > 0 else None
     if weights:
         shard(policy, device, dtype, layout.each_pack, weights.pop())
@@ -215,7 +219,6 @@ def set_up(config, after_evaluation):
         checkpoint_gradients(policy)
     sampler.sync(named_weights(policy))
     judge = make_judge(client, tasks + held_out, tokenizer, sampler, context, config.judge_per)
-    run.open()
     return dict(policy=policy, reference=reference, tokenizer=tokenizer, optimizer=optimizer, sampler=sampler,
                 judge=judge, tasks=tasks, held_out=held_out, run=run)
 

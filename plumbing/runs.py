@@ -127,9 +127,13 @@ class Run:
             lock(self.folder)
 
     def open(self):
-        """Make the folder, lock it and connect the tracker. Raises ValueError where a rank does not see it in a minute."""
+        """Make the folder, lock it and connect the tracker. Raises ValueError where that fails, or a rank does not see it in
+        a minute."""
         if ranks.leader():
-            (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            try:
+                (self.folder / "rollouts").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"--runs {self.config.runs}: cannot write there ({error.strerror})") from None
             lock(self.folder)
             write_whole(self.digest, self.tasks_digest + "\n")
             write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
@@ -247,7 +251,7 @@ class Run:
         rows, figure = self.rows(), Figure((13, 8), layout="constrained")
         figure.suptitle(self.folder.name)
         axes = figure.subplots(2, 3).flat
-        if evals := [(row["step"], row["eval/score"], row["eval/score_se"]) for row in rows if "eval/score" in row]:
+        if evals := [(row["step"], row["eval/score"], row.get("eval/score_se", 0)) for row in rows if "eval/score" in row]:
             axes[0].errorbar(*zip(*evals), fmt="o-", color="black", capsize=4, linewidth=2, zorder=3,
                              label="eval/score (held out, no scaffold), 1 s.e.")
         for axis, (label, names) in zip(axes, PANELS.items()):

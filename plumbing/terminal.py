@@ -55,7 +55,7 @@ def say(line):
 
 
 def exit_status(command, main):
-    """What main() returns; 2, after one line, where it raises ValueError or OSError.
+    """What main() returns; after one line, 2 where it raises ValueError or OSError, 1 where a GPU is out of memory.
 
     RUSCARL_TRACEBACK=1 shows where an error came from.
     """
@@ -66,6 +66,11 @@ def exit_status(command, main):
             raise
         ranks.complain(f"{command}: error: {one_line(str(mistake))}")
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("RUSCARL_TRACEBACK"):  # torch's
+            raise
+        ranks.complain(f"{command}: stopped: {one_line(str(error))}")
+        return 1
 
 
 def uncaught(command, kind, error, trace):
@@ -110,7 +115,7 @@ def summary(run, config):
     samples = [held_out_samples(run, row["step"]) for row in ends]
     print(f"\nThe {config.held_out} held-out questions, asked without scaffold; responses to each: {config.eval_samples}\n")
     table = [("", "before", "after"),
-             ("score (at most 1)", *(f"{row['eval/score']:+.3f} +- {row['eval/score_se']:.3f}" for row in ends)),
+             ("score (at most 1)", *(score_of(row) for row in ends)),
              ("length, tokens", *(f"{row['eval/length']:.0f}" for row in ends)),
              ("distinct first sentences", *(f"{distinct_first_sentences(some):.0%}" for some in samples)),
              ("responses that recite the rubric", *(f"{row['eval/recited']:.0%}" for row in ends)),
@@ -126,6 +131,11 @@ def summary(run, config):
                        f"{one['response']}" for name, one in zip(("before, median", "after, median"), medians)))
     print(f"\n{run.health()}")
     print(f"{run.folder}/: page.html, metrics.jsonl, rollouts/, curves.png, policy/{', adapter/' if config.lora else ''}")
+
+
+def score_of(row):
+    """The score of an evaluation and its standard error, which one question does not have."""
+    return f"{row['eval/score']:+.3f}" + (f" +- {row['eval/score_se']:.3f}" if "eval/score_se" in row else "")
 
 
 def held_out_samples(run, step):

@@ -359,3 +359,25 @@ def record(wheel):
 
 if __name__ == "__main__":
     record(sys.argv[1])
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_gpu_that_is_full_ends_a_run_in_one_line(flags, here, tmp_path, monkeypatch, in_training):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(*((ruscarl, "train") if in_training else (prepare, "make_optimizer")), full)
+    status, text = here(ruscarl, *flags, "--name", "full")
+    assert status == 1 and "Traceback" not in text
+    last = text.splitlines()[-1]
+    assert last.startswith("ruscarl.py: stopped: ") and "out of memory" in last
+    assert ("--token-budget; continue with --resume" in last) == in_training == (tmp_path / "runs" / "full").exists()
+
+
+def test_a_run_that_fails_check_sync_leaves_nothing(flags, here, tmp_path, monkeypatch):
+    def fails(*args):
+        raise ValueError("--check-sync: no")
+
+    monkeypatch.setattr(ruscarl, "check_sync", fails)
+    status, text = here(ruscarl, *flags, "--check-sync", "--name", "run")
+    assert status == 2 and "--check-sync: no" in text and not (tmp_path / "runs" / "run").exists()

@@ -10,8 +10,8 @@ import grpo
 from conftest import tiny_model, tiny_tokenizer
 from plumbing import architectures, packs, transformers_sampler
 from plumbing.architectures import examine
-from plumbing.packs import Traits, make_packs, response_logprobs
-from plumbing.policy import load_config, load_policy, named_weights
+from plumbing.packs import Traits, blocks, make_packs, response_logprobs
+from plumbing.policy import checkpoint_gradients, load_config, load_policy, named_weights
 from plumbing.transformers_sampler import TransformersSampler, way_to_sample
 from sampler import SamplingParams
 
@@ -106,6 +106,27 @@ def next_logprobs(model, ids):
     """Of every token that may follow `ids`, float32 [vocabulary]."""
     packs.forget_lengths(model)
     return model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("model_type, settings", [
+    ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+    ("falcon", {"alibi": False, "hidden_dropout": 0.5, "attention_dropout": 0.5}), ("granite", {"attention_dropout": 0.5})])
+def test_checkpointed_layers_are_computed_again_and_without_dropout(model_type, settings):
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = build(model_type, settings, examine(build(model_type, settings).config).attention)
+        number = []
+        blocks(model)[1][0].register_forward_pre_hook(lambda layer, inputs, number=number: number.append(1))
+        if checkpointing:
+            checkpoint_gradients(model)
+        logps = []
+        for pack in make_packs(*samples(), 60, examine(model.config)):
+            logps.append(response_logprobs(model, pack)[0])
+            logps[-1].sum().backward()
+        calls.append(len(number))
+        found.append([*logps, *(parameter.grad for parameter in model.parameters())])
+    assert calls[1] == 2 * calls[0] > 2
+    assert all(torch.equal(one, other) for one, other in zip(*found))
 
 
 @pytest.mark.parametrize("name", MODELS)

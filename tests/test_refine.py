@@ -412,11 +412,15 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         (first_aid, '{"prompt_id": [], "responses": ["a"]}', "line 1: prompt_id"),
         (first_aid, '{"prompt_id": "first_aid-01", "responses": ["a", "a"]}', "two different"),
         (first_aid, '{"prompt_id": "x", "responses": []}', "line 1: prompt_id"),
-        (first_aid, '{"prompt_id": "first_aid-01", "responses": [1]}', "line 1: responses"),
-        (first_aid, '{"task": "first_aid-01"}', "line 1: text"), (first_aid, "{", "line 1: unreadable JSON"),
+        (first_aid, '{"prompt_id": "first_aid-01", "responses": [1]}', "line 1: responses: must be a list of strings"),
+        (first_aid, '{"prompt_id": "first_aid-01", "responses": "a"}', "line 1: responses: must be a list of strings"),
+        (first_aid, "[1]", "line 1: must be a JSON object"),
+        (first_aid, '{"id": "1"}', "line 1: prompt_id: must be a string"),
+        (first_aid, '{"task": "first_aid-01"}', "line 1: text: must be a string, but is missing"),
+        (first_aid, "{", "line 1: unreadable JSON"),
         (first_aid, '{"prompt_id": "first_aid-01", "responses": ["a"]}', "fewer than two"),
         (["first_aid", "--responses", tmp_path / "nosuch", *nobody], "", f"{tmp_path}/nosuch"),
-        (["first_aid", "--responses", tmp_path, *nobody], "", str(tmp_path)),
+        (["first_aid", "--responses", tmp_path, *nobody], "", f"a folder, not a file: {tmp_path}"),
     ]):
         texts.write_text(content)
         assert message in refused(refine, capsys, *flags, "--output", tmp_path / str(number)), flags

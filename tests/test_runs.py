@@ -1,5 +1,6 @@
 """Files that a kill, or a hand, has damaged; two that want to write them."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -59,6 +60,25 @@ def test_a_damaged_config_is_told(tmp_path, capsys, saved, message):
         command_line.parse_training(["--runs", str(tmp_path), "--resume"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "flags", "message"), [
+    ({"lr": None}, [], "its config.json lacks lr"),
+    ({}, ["--judge-url", "http://127.0.0.1:9/v1"], "it began without a server"),
+    ({"judge_url": "http://a/v1"}, ["--judge-model", "other"], "judge_model was '', is 'other'"),
+])
+def test_a_run_is_continued_as_it_was(tmp_path, capsys, change, flags, message):
+    settings = dataclasses.asdict(config.Config(name="run", runs=str(tmp_path))) | change
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    with pytest.raises(SystemExit) as stop:
+        command_line.parse_training(["--runs", str(tmp_path), "--resume", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises((ValueError, PermissionError), match="--runs"):
+        runs.Run(config.Config(runs="/proc/nosuch", name="run"), "digest").open()
 
 
 @pytest.mark.parametrize("content", ["[]", "[1]", "{"])

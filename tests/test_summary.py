@@ -63,6 +63,14 @@ def test_summary(run, capsys):
     assert "\x1b" not in printed
 
 
+def test_one_question_has_no_standard_error(run, capsys):
+    rows = [{name: value for name, value in row.items() if name != "eval/score_se"} for row in run.rows()]
+    run.metrics.write_text(files.as_lines(rows))
+    terminal.summary(run, run.config)
+    assert "+0.400\n" in capsys.readouterr().out
+    run.draw_curves()
+
+
 def test_curves_do_not_hide_lines_at_zero(run, monkeypatch):
     from matplotlib.figure import Figure
 
