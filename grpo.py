@@ -99,7 +99,8 @@ def token_losses(logp, old_logp, advantages, *, clip_low=0.2, clip_high=0.2, dua
 
 
 def policy_loss(logp, old_logp, advantages, mask, *, clip_low=0.2, clip_high=0.2, dual_clip=None):
-    """The mean of `token_losses` over the tokens where mask is 1: (loss, stats). All four tensors have one shape.
+    """The mean of `token_losses` over the tokens where mask is 1: (loss, stats). All four tensors have one shape. `update`
+    takes the same mean over all packs of a mini-batch; this is the loss by itself, as the tutorial and the tests use it.
 
     At ratio 1 the value is -mean(A): small, and 0 for responses of one length, however much there is to learn. Only its
     gradient matters. stats: clip_fraction (share of tokens where the clipped branch was taken), approx_kl (mean of
