@@ -99,10 +99,10 @@ def ask_about(cases, config, per):
     if error:
         print(f"unknown: {len(cases) - len(judged)}, one call a {per}; the last because of {error}")
     _, *columns = map(numpy.array, zip(*judged)) if judged else [()] * 4
-    shares = equal_verdicts(*columns) if judged else dict.fromkeys(("agreement", "balanced F1"), (numpy.nan,) * 3)
+    shares = equal_verdicts(*columns) if judged else {"agreement": None, "balanced F1": None}
     return judged, {
         "one call a": per, "verdicts": f"{len(judged)} of {len(cases)}",
-        **{name: "{:.3f}  {:.3f} to {:.3f}".format(*numbers) for name, numbers in shares.items()},
+        **{name: "{:.3f}  {:.3f} to {:.3f}".format(*found) if found else "-" for name, found in shares.items()},
         "calls": f"{counts['calls']:,}", "seconds": f"{seconds:.1f}",
         "tokens": f"{counts['prompt_tokens']:,} + {counts['completion_tokens']:,}"}
 
