@@ -124,7 +124,7 @@ def deal_out_weights(folder):
     from plumbing import policy
 
     ranks.join("cpu")
-    own, policy.load_policy = policy.load_policy, lambda source: own(source) if ranks.leader() else 1 / 0
+    own, policy.load_policy = policy.load_policy, lambda *given: own(*given) if ranks.leader() else 1 / 0
     model, _, weights = policy.load_on_ranks(Path(folder) / "model")
     assert bool(weights) == ranks.leader()
     sampler = TransformersSampler(model, [1])
