@@ -24,14 +24,14 @@ def print_plan(config):
     check_context(config, model_config)
     tasks, lengths = drop_long(config, tasks, tokenizer)
     train, held_out = split_tasks(tasks, config.held_out)
-    print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
-    print_work(config, train, held_out, lengths, tokenizer)
     longest = tuple(lengths.max(axis=0).tolist())
 
     def parts_of(config):
         return memory.needs(config, model_config, device, vllm, dtype, longest)[1]
 
     room, parts = memory.room(config, device), parts_of(config)
+    print(f"{config.model} on {config.tasks}, {config.preset} preset\n")
+    print_work(config, train, held_out, lengths, tokenizer)
     print_memory(config, device, parts, room)
     if memory.fits(parts, room):
         return True
