@@ -223,7 +223,7 @@ def test_responses_of_several_files_add_up(tmp_path):
     for record, field in ((sample("d", "x"), "task"), (sample(1, "x"), "task"), (sample("a", None), "text"),
                           (sample("a", ["x"]), "text"), ({"prompt_id": "a"}, "responses"), ({}, "prompt_id"),
                           ({"prompt_id": "a", "responses": "x"}, "responses"), ({"prompt_id": "d"}, "prompt_id"),
-                          ({"prompt_id": "a", "responses": ["x", 1]}, "responses"), ([], "prompt_id")):
+                          ({"prompt_id": "a", "responses": ["x", 1]}, "responses")):
         write_lines(two, [sample("a", "x"), record])
         with pytest.raises(ValueError, match=rf"two.jsonl, line 2: {field}: "):
             read_responses([one, two], ["a", "b"])
