@@ -314,6 +314,7 @@ def train_and_save(config, parts):
     if ranks.leader():
         run.draw_curves()
         terminal.summary(run, config)
+    ranks.meet()  # while the leader writes, the others keep the process group
     return 0
 
 

@@ -53,6 +53,7 @@ def main():
     """Train and evaluate both, every seed; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates of LoRA beside the default")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, for an interval")
     parser.add_argument("--samples", type=int, default=16, help="responses to each held-out question")
     parser.add_argument("--runs", type=Path, default=Path("runs/lora"), help="folder of the runs")
@@ -62,38 +63,42 @@ def main():
     if args.seeds < 2:
         parser.error("--seeds must be at least 2")
     args.runs = args.runs.absolute()
-    arms, rows = {"all weights": [], f"LoRA, rank {args.rank}": ["--lora", args.rank]}, defaultdict(list)
+    arms = {"all weights": ("full", []), f"LoRA, rank {args.rank}": ("lora", ["--lora", args.rank])}
+    arms |= {f"the same, --lr {rate:g}": (f"lora-{rate:g}", ["--lora", args.rank, "--lr", rate]) for rate in args.rates}
+    rows, rates = defaultdict(list), {}
     before = score("smollm2", args.runs / "before", args.samples, "--held-out", 16)
-    for seed, (arm, flags) in itertools.product(range(args.seeds), arms.items()):
-        folder = args.runs / f"{'lora' if flags else 'full'}-{seed}"
+    for seed, (arm, (name, flags)) in itertools.product(range(args.seeds), arms.items()):
+        folder = args.runs / f"{name}-{seed}"
         took = trained(folder, *flags, "--seed", seed, *args.flags)
         rows[arm].append(score(folder, folder / "evaluation", args.samples) | took)
-    rates = [read_object(args.runs / f"{name}-0" / "config.json")["lr"] for name in ("full", "lora")]
+        rates[arm] = read_object(folder / "config.json")["lr"]
     print("\n".join(lines := report(args, rows, before, rates)))
     write(args.output / "lora.md", lines)
 
 
 def report(args, rows, before, rates):
-    """Lines of Markdown. rows: {arm: [{label: number} of each seed]}; before: of the model; rates: learning rates."""
-    (full, _), (lora, _) = arms = list(rows.items())
-    labels = list(rows[full][0])
+    """Lines of Markdown. rows: {arm: [{label: number} of each seed]}, all weights first; before: of the model; rates: the
+    learning rates, {arm: number}."""
+    (full, of_full), *others = rows.items()
+    chosen = ", ".join(f"{rate:g}" for rate in rates.values())
+    labels = list(of_full[0])
     lines = ["# LoRA against training all weights", "",
              f"`python bench/lora.py {' '.join(sys.argv[1:])}`, {date.today()}, {machine()}, no GPU. SmolLM2-135M on "
-             f"first_aid, the laptop preset; learning rates {rates[0]:g} and {rates[1]:g}. Score: mean of {args.samples} "
-             f"responses to each held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} "
-             "recited.", "",
+             f"first_aid, the laptop preset; learning rates {chosen}. Score: mean of {args.samples} responses "
+             f"to each held-out question; before training {before['score']:+.3f}, {before['recited']:.1%} recited.", "",
              "| seed | trained | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
-    for seed in range(len(rows[full])):
+    for seed in range(len(of_full)):
         lines += [f"| {seed} | {arm} | " + " | ".join(f"{found[seed][label]:.3f}" for label in labels) + " |"
-                  for arm, found in arms]
-    lines += ["", f"Over {len(rows[full])} seeds; +- is the half width of a 95% t interval.", "",
-              f"| | {full} | {lora} | difference, seed by seed |", "|---|---|---|---|"]
-    for label in labels:
-        values = [[row[label] for row in rows[arm]] for arm in (full, lora)]
-        cells = [*values, numpy.subtract(values[1], values[0])]
+                  for arm, found in rows.items()]
+    lines += ["", f"Over {len(of_full)} seeds; +- is the half width of a 95% t interval; differences are seed by seed.", "",
+              f"| | {full} | " + " | ".join(f"{arm} | minus {full}" for arm, _ in others) + " |",
+              "|---|---|" + "---|---|" * len(others)]
+    for label in ("gain in score", *labels):
+        name, start = ("score", before["score"]) if label == "gain in score" else (label, 0.0)
+        values = [[row[name] - start for row in found] for found in rows.values()]
+        cells = [values[0], *(part for own in values[1:] for part in (own, numpy.subtract(own, values[0])))]
         lines.append(f"| {label} | " + " | ".join(map(plus_minus, cells)) + " |")
-    gains = [[row["score"] - before["score"] for row in rows[arm]] for arm in (full, lora)]
-    return [*lines, f"| gain in score | {plus_minus(gains[0])} | {plus_minus(gains[1])} | |"]
+    return lines
 
 
 if __name__ == "__main__":

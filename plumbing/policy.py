@@ -223,7 +223,8 @@ def shard(model, device, dtype, each_pack=False, weights=None):
     for name, parameter in model.named_parameters() if weights is not None else ():
         if name.endswith(lora.ADAPTERS):  # every rank has made the same ones
             continue
-        whole = weights[name] if weights else torch.empty(parameter.shape)
+        # Of ranks without weights nothing is read.
+        whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         parts = distribute_tensor(whole.to(device, parameter.dtype), parameter.device_mesh, parameter.placements)
         parameter.detach().to_local().copy_(parts.to_local())
     model.reduces_each_pack, model.computing_dtype = each_pack, dtype

@@ -207,6 +207,7 @@ def set_up(config, after_evaluation):
         lora.linear_layers(policy, config.lora)  # a mistake is told before an engine starts
     sampler = make_sampler(config, policy, tokenizer, **limits)
     sampler.sleep()  # until the sync: a policy that is put on a GPU, or dealt out, takes room there
+    ranks.meet()  # engines start at their own pace, and collectives have time-outs
     if config.lora:  # after the sampler, which copies the plain model
         lora.add_adapters(policy, config.lora, config.seed)
     reference = make_reference(config, policy, dtype, device, *weights) if config.kl > 0 else None

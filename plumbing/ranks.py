@@ -8,8 +8,8 @@ All ranks walk through the same loop, in step:
     deal       the packs of an update, one a rank at a time
 
 After `gather` every rank comes to the same advantages, metrics and decisions. Rank 0, the leader, writes and speaks for all.
-A rank that dies ends the others within three minutes: in a meeting, because it shows no sign of life, and in a collective by
-the time-out, since all ranks enter a collective together.
+A rank that dies ends the others: in a meeting within a minute or two, because it shows no sign of life, and in a collective by
+the time-out, ten minutes, since all ranks enter a collective together.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import time
 BEAT = 3  # seconds between two signs of life
 SILENCE = 60  # seconds without a sign of life, after which a rank counts as dead
 PATIENCE = 15  # the same after a signal: torchrun kills a rank 30 seconds after having told it to stop
-COLLECTIVE = 120  # seconds that a collective may take
+COLLECTIVE = 600  # seconds that a collective may take; one of them waits for the slowest disk
 
 _rank, _size = int(os.environ.get("RANK", "0")), 1  # until `join` sets both
 _store = None  # where ranks meet; None in a run of one process
