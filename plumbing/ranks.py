@@ -8,8 +8,8 @@ All ranks walk through the same loop, in step:
     deal       the packs of an update, one a rank at a time
 
 After `gather` every rank comes to the same advantages, metrics and decisions. Rank 0, the leader, writes and speaks for all.
-A rank that dies ends the others: in a meeting within a minute or two, because it shows no sign of life, and in a collective by
-the time-out, ten minutes, since all ranks enter a collective together.
+A rank that dies ends the others: in a meeting within two minutes, because it shows no sign of life, in a collective by the
+time-out, ten minutes, since all ranks enter a collective together.
 """
 
 import contextlib
