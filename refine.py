@@ -166,7 +166,7 @@ def read_responses(paths, known):
                 raise ValueError(f"{place}: {key}: must be a string{got(identity)}")
             if identity not in found:
                 raise ValueError(f"{place}: {key}: no prompt has this id: {shown(identity)}")
-            texts = [texts] if field == "text" and texts is not None else texts
+            texts = [texts] if field == "text" else texts
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{place}: {field}: must be {'a string' if field == 'text' else 'a list of strings'}"
                                  + got(record.get(field)))

@@ -289,7 +289,7 @@ def main(action, config):
         return status
     except (OSError, RuntimeError) as error:  # OSError: a full disk
         lost, full = ranks.lost(error), isinstance(error, torch.OutOfMemoryError)
-        if lost is None and not isinstance(error, OSError | torch.OutOfMemoryError):
+        if lost is None and not full and not isinstance(error, OSError):
             raise
         reason = lost or ("the GPU is out of memory: an update takes less with a lower --token-budget" if full else error)
         stopped(reason, config, every_rank=full or lost is not None)

@@ -111,7 +111,8 @@ def refine(args):
     stops = Counter(record["stopped"] for record in last.values())
     lines = ["# Refinement by a 1.5B proposer", "", about(), "",
              f"{len(tasks)} HealthBench questions, {EACH} responses of each of {len(files)} models, {minutes:.0f} minutes. "
-             "`python refine.py prompts.jsonl --responses ... --proposer-url URL` printed:", "", "```", printed, "```", "",
+             "`python refine.py prompts.jsonl --responses ... --proposer-url URL` printed:", "", "```",
+             printed.replace(f"{folder}/", "refined/"), "```", "",
              "Prompts by how they ended: " + "; ".join(f"{count} {why}" for why, count in stops.most_common()) + ".", ""]
     for number in SHOWN:
         if (record := last.get(tasks[number].id)) is not None:

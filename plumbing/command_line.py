@@ -106,8 +106,8 @@ def _resumed(given):
         raise ValueError(f"cannot resume {name}: its config.json has unknown settings: {', '.join(unknown)}")
     if missing := [key for key in known if key not in saved]:
         raise ValueError(f"cannot resume {name}: its config.json lacks {', '.join(missing)}")
-    changes = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in given.items()
-               if key not in MAY_CHANGE and value != saved.get(key)]
+    changes = [f"{key} was {saved[key]!r}, is {value!r}" for key, value in given.items()
+               if key not in MAY_CHANGE and value != saved[key]]
     if changes:
         raise ValueError(f"cannot resume {name} with another config: {', '.join(changes)}")
     if given.get("judge_url") and not saved["judge_url"]:

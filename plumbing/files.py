@@ -79,21 +79,18 @@ class JsonLines:
 
     def __init__(self, path, check=lambda record: None):
         self.path = Path(path)
-        if self.path.exists():
-            self._repair()
-        self.rows = read_lines(self.path, check)
+        self.rows = read_lines(self.path, check, self._mend)
 
-    def _repair(self):
-        content = self.path.read_bytes()
-        begin = content.rfind(b"\n") + 1
-        if content[begin:].startswith(b"{"):  # else nothing, or no record, which is refused when it is read
-            try:
-                json.loads(content[begin:])
-                with open(self.path, "ab") as file:  # the line lacks only its line break
-                    file.write(b"\n")
-            except ValueError:
-                os.truncate(self.path, begin)
-                say(f"{self.path}: its last line was cut off, and is removed")
+    def _mend(self, content, begin):
+        try:
+            json.loads(content[begin:])
+            with open(self.path, "ab") as file:  # the line lacks only its line break
+                file.write(b"\n")
+            return content
+        except ValueError:
+            os.truncate(self.path, begin)
+            say(f"{self.path}: its last line was cut off, and is removed")
+            return content[:begin]
 
     def append(self, records):
         """Add records to the end of the file."""
@@ -102,14 +99,23 @@ class JsonLines:
             file.write(as_lines(records))
 
 
-def read_lines(path, check=lambda record: None):
-    """The objects of a JSON-lines file that a process may be writing: a last one that is not whole yet is left out. Raises
-    ValueError, with file and line, for anything else and for what `check` refuses."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if lines and lines[-1].startswith(b"{") and not lines[-1].endswith(b"\n"):
-        say(f"{path}: its last line is not whole, and is left out")
-        lines.pop()
-    return [read_object(f"{path}, line {number}", line, check) for number, line in enumerate(lines, 1)]
+def read_lines(path, check=lambda record: None, mend=None):
+    """The objects of a JSON-lines file that a process may be writing: a last one that is not whole yet is left out, or goes
+    through `mend`. Raises ValueError, with file and line, for anything else and for what `check` refuses."""
+    content = path.read_bytes() if path.exists() else b""
+    begin = content.rfind(b"\n") + 1
+    if content[begin:].startswith(b"{"):  # else nothing, or no record, which is refused below
+        if mend is None:
+            say(f"{path}: its last line is not whole, and is left out")
+        content = mend(content, begin) if mend else content[:begin]
+    return [read_object(f"{path}, line {number}", line, check) for number, line in enumerate(content.splitlines(), 1)]
+
+
+def check_kinds(record, **kinds):
+    """Raise ValueError, which names the field, where a field of `record` is not of the type that `kinds` has for it."""
+    for name, kind in kinds.items():
+        if type(record[name]) is not kind:
+            raise ValueError(f"{name}: must be {kind.__name__}, got {str(record[name])[:40]!r}")
 
 
 def as_lines(records):

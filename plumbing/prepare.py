@@ -203,8 +203,6 @@ def set_up(config, after_evaluation):
     keep_freed_memory()
     load = load_on_ranks if ranks.size() > 1 else load_policy
     policy, tokenizer, *weights = load(config.model, dtype if config.lora else torch.float32)
-    if config.lora:
-        lora.linear_layers(policy, config.lora)  # a mistake is told before an engine starts
     sampler = make_sampler(config, policy, tokenizer, **limits)
     sampler.sleep()  # until the sync: a policy that is put on a GPU, or dealt out, takes room there
     ranks.meet()  # engines start at their own pace, and collectives have time-outs

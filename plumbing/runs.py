@@ -26,7 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from plumbing import health, ranks, terminal
-from plumbing.files import JsonLines, as_lines, lock, read_object, write_whole
+from plumbing.files import JsonLines, as_lines, check_kinds, lock, read_object, write_whole
 
 
 class Stopped(RuntimeError):
@@ -54,9 +54,7 @@ def read_groups(path):
 
 
 def _check_rollout(rollout):
-    for name, kind in (("task", str), ("group", int), ("response", str), ("criteria", list)):
-        if type(rollout[name]) is not kind:
-            raise ValueError(f"{name}: must be {kind.__name__}")
+    check_kinds(rollout, task=str, group=int, response=str, criteria=list)
     for name in ("reward", "advantage"):
         value = rollout.get(name)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):

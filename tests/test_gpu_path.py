@@ -341,26 +341,6 @@ def test_fewer_chunks_read_the_head_on_a_gpu(monkeypatch):
     assert seen == [3, 5]
 
 
-def record(wheel):
-    """Write down the parameters of what the sampler uses, as the wheel's source has them."""
-    found = {"version": Path(wheel).name.split("-")[1]}
-    with zipfile.ZipFile(wheel) as archive:
-        for what, (path, name, method) in SIGNATURES.items():
-            body = next(node for node in ast.parse(archive.read(path)).body
-                        if isinstance(node, ast.ClassDef) and node.name == name).body
-            if method is None:
-                found[what] = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
-            else:
-                arguments = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == method).args
-                found[what] = [argument.arg for argument in arguments.args[1:] + arguments.kwonlyargs]
-    found["LLM"] = sorted({*found["LLM"], *found.pop("EngineArgs")})  # it hands on what it does not know
-    GOLDENS.write_text(json.dumps(found, indent=0) + "\n")
-
-
-if __name__ == "__main__":
-    record(sys.argv[1])
-
-
 @pytest.mark.parametrize("in_training", [True, False])
 def test_a_gpu_that_is_full_ends_a_run_in_one_line(flags, here, tmp_path, monkeypatch, in_training):
     def full(*args, **kwargs):
@@ -381,3 +361,23 @@ def test_a_run_that_fails_check_sync_leaves_nothing(flags, here, tmp_path, monke
     monkeypatch.setattr(ruscarl, "check_sync", fails)
     status, text = here(ruscarl, *flags, "--check-sync", "--name", "run")
     assert status == 2 and "--check-sync: no" in text and not (tmp_path / "runs" / "run").exists()
+
+
+def record(wheel):
+    """Write down the parameters of what the sampler uses, as the wheel's source has them."""
+    found = {"version": Path(wheel).name.split("-")[1]}
+    with zipfile.ZipFile(wheel) as archive:
+        for what, (path, name, method) in SIGNATURES.items():
+            body = next(node for node in ast.parse(archive.read(path)).body
+                        if isinstance(node, ast.ClassDef) and node.name == name).body
+            if method is None:
+                found[what] = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+            else:
+                arguments = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == method).args
+                found[what] = [argument.arg for argument in arguments.args[1:] + arguments.kwonlyargs]
+    found["LLM"] = sorted({*found["LLM"], *found.pop("EngineArgs")})  # it hands on what it does not know
+    GOLDENS.write_text(json.dumps(found, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    record(sys.argv[1])

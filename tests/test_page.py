@@ -202,7 +202,7 @@ def test_a_run_that_is_still_going(tmp_path, capsys):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "rewa')  # being written just now
     before = (folder / "metrics.jsonl").read_bytes()
-    assert page.main([str(folder)]) == 0 and "page.html: 0.0" in capsys.readouterr().out
+    assert page.main([str(folder)]) == 0 and re.search(r"page\.html: 0\.0\d MB\n", capsys.readouterr().out)
     assert (folder / "metrics.jsonl").read_bytes() == before
     (folder / "metrics.jsonl").unlink()  # the first step is not done yet
     assert page.main([str(folder)]) == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from plumbing import terminal
 from plumbing.command_line import Parser
-from plumbing.files import read_lines, read_object, write_whole
+from plumbing.files import check_kinds, read_lines, read_object, write_whole
 from plumbing.health import health_line
 from plumbing.rules import recites
 from plumbing.runs import read_groups, tally, training_health
@@ -110,9 +110,7 @@ def shown_group(rollouts):
 def of_kinds(**kinds):
     """A check for `read_lines`: the fields `kinds` of a record have these types, and its numbers are finite."""
     def check(record):
-        for name, kind in kinds.items():
-            if type(record[name]) is not kind:
-                raise ValueError(f"{name}: must be {kind.__name__}, got {str(record[name])[:40]!r}")
+        check_kinds(record, **kinds)
         if wrong := [name for name, value in record.items() if type(value) is float and not math.isfinite(value)]:
             raise ValueError(f"{wrong[0]}: must be finite")
 
