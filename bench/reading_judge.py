@@ -91,12 +91,13 @@ def section(args, name, lines):
     (args.work / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = [(args.work / f"{part}.md").read_text(encoding="utf-8") for part in ("calibrate", "train")
              if (args.work / f"{part}.md").exists()]
-    write(args.output / "judge.md", ["# A judge that reads: Qwen2.5-Coder-1.5B", "", about(), "", "\n".join(found).rstrip()])
+    write(args.output / "judge.md", ["# A judge that reads: Qwen2.5-Coder-1.5B", "", about("calibrate` and `train"), "",
+                                        "\n".join(found).rstrip()])
 
 
-def about():
+def about(part):
     """The line that says how the figures came about."""
-    return (f"`python bench/reading_judge.py`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, dequantised) "
+    return (f"`python bench/reading_judge.py {part}`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, dequantised) "
             "behind vLLM's server in bfloat16, on the same cores.")
 
 
@@ -109,7 +110,7 @@ def refine(args):
     last = {record["prompt_id"]: record for record in JsonLines(folder / "progress.jsonl").rows}
     tasks = load_tasks(args.work / "prompts.jsonl", need_rubrics=False)
     stops = Counter(record["stopped"] for record in last.values())
-    lines = ["# Refinement by a 1.5B proposer", "", about(), "",
+    lines = ["# Refinement by a 1.5B proposer", "", about("refine"), "",
              f"{len(tasks)} HealthBench questions, {EACH} responses of each of {len(files)} models, {minutes:.0f} minutes. "
              "`python refine.py prompts.jsonl --responses ... --proposer-url URL` printed:", "", "```",
              printed.replace(f"{folder}/", "refined/"), "```", "",

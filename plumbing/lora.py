@@ -45,9 +45,18 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def merged(self, dtype=None):
-        """The whole weight with its adapter, added up in float32, in `dtype` or the weight's. All ranks must call this."""
+        """The whole weight with its adapter, added up in float32, in `dtype` or the weight's. All ranks must call this.
+
+        What is learned is smaller than half of bfloat16's spacing at first, and rounding to the nearest would take it away.
+        So it is rounded up or down by chance, in the mean right, by the same draw every time.
+        """
         weight, a, b = map(ranks.whole, (self.weight, self.lora_A, self.lora_B))
-        return torch.addmm(weight.float(), b, a, alpha=self.scale).to(dtype or weight.dtype)
+        total = torch.addmm(weight.float(), b, a, alpha=self.scale)
+        if (dtype or weight.dtype) == torch.bfloat16:  # the upper half of float32's bits: what is added decides on a carry
+            generator = torch.Generator(total.device).manual_seed(0)
+            chance = torch.randint(2**16, total.shape, generator=generator, dtype=torch.int32, device=total.device)
+            total = chance.add_(total.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+        return total.to(dtype or weight.dtype)
 
 
 class AdaptersOff:

@@ -77,12 +77,22 @@ def test_the_stream_is_the_plain_model_with_the_product_added(make):
         assert not torch.allclose(plain(IDS).logits, model(IDS).logits, atol=0.1)
 
 
-def test_a_merged_weight_is_rounded_once():
+def test_a_merged_weight_is_rounded_once_and_in_the_mean_right():
     model = moved(tiny_model().bfloat16())
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
     exact = layer.weight.double() + 8 * (layer.lora_B.double() @ layer.lora_A.double())
-    assert torch.equal(layer.merged(), exact.bfloat16()) and layer.merged().dtype == torch.bfloat16
+    assert layer.merged().dtype == torch.bfloat16 and torch.equal(layer.merged(), layer.merged())
+    spacing = torch.maximum(exact.abs(), layer.merged().abs()) * 2**-7
+    assert ((layer.merged() - exact).abs() <= spacing).all()
+    with torch.no_grad():
+        for learned in (1.0, 0.1, 0.1):
+            layer.lora_B.mul_(learned)
+            product = 8 * (layer.lora_B.double() @ layer.lora_A.double())
+            kept = (layer.merged().double() - layer.weight.double()).mul(product).sum() / product.square().sum()
+            assert kept == pytest.approx(1, abs=0.02)
+        layer.lora_B.zero_()
+    assert torch.equal(layer.merged(), layer.weight)
 
 
 def gradients(model, kl_coef=0.0, reference=None):
