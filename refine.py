@@ -212,7 +212,8 @@ def refine(config):
     clients = {name: client for name in ("proposer", "verifier") if (client := config.connect(name, **long))}
     proposer, verifier = ChatProposer(clients["proposer"]), Verifier(clients.get("verifier", clients["proposer"]))
     folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
-    settings |= {f"{name}_model": client.model for name, client in clients.items()}
+    settings |= {"proposer_model": clients["proposer"].model,
+                 "verifier_model": clients.get("verifier", clients["proposer"]).model}
     claim(folder, {**settings, "hash of the tasks and responses": digest([everything, responses])}, "progress.jsonl")
     decisions, threads = Decisions(folder), ThreadPoolExecutor(config.judge_concurrency)
     try:

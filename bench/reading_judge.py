@@ -97,8 +97,8 @@ def section(args, name, lines):
 
 def about(part):
     """The line that says how the figures came about."""
-    return (f"`python bench/reading_judge.py {part}`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, dequantised) "
-            "behind vLLM's server in bfloat16, on the same cores.")
+    return (f"`python bench/reading_judge.py {part}`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, "
+            "dequantised) behind vLLM's server in bfloat16, on the same cores.")
 
 
 def refine(args):

@@ -126,6 +126,7 @@ class ChatClient:
         self._outage_began, self._outage_told = None, False  # of all servers at once
         self.rpm, self.tpm, self._next = rpm or math.inf, tpm or math.inf, 0.0  # _next: when the next request may go
         self._lock, self._closed = threading.Lock(), threading.Event()
+        self._slots = threading.BoundedSemaphore(concurrency * len(base_urls))  # `complete` may be called beside the pool
         self._pool = ThreadPoolExecutor(concurrency * len(base_urls), thread_name_prefix="chat")
 
     def check(self, timeout=5.0, hint="--judge-model"):
@@ -238,7 +239,7 @@ class ChatClient:
             now, answers = time.monotonic(), self.counts["answers"]
             tokens = (self.counts["prompt_tokens"] + self.counts["completion_tokens"]) / answers if answers else 1000
             start = max(self._next, now)
-            self._next = start + min(max(60 / self.rpm, 60 * tokens / self.tpm), 60)
+            self._next = start + max(60 / self.rpm, min(60 * tokens / self.tpm, 60))
         self._wait(start - now)
 
     def _wait(self, seconds):
@@ -249,7 +250,8 @@ class ChatClient:
     def _try(self, url, messages, parse, schema, temperature):
         """One request. Raises _Failed or requests.ConnectionError for what may pass, ChatError for what will not."""
         try:
-            answer = self._post(url, messages, schema, temperature)
+            with self._slots:
+                answer = self._post(url, messages, schema, temperature)
         except BadAnswer as error:  # mostly a time-out
             self._rests_until[url] = time.monotonic() + REST
             raise _Failed(str(error)) from None

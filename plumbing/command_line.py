@@ -112,7 +112,7 @@ def _resumed(given):
         raise ValueError(f"cannot resume {name} with another config: {', '.join(changes)}")
     if given.get("judge_url") and not saved["judge_url"]:
         raise ValueError(f"cannot resume {name} with --judge-url: it began without a server, which would judge otherwise")
-    return Config(**{**saved, **given, "name": name})
+    return Config(**{**saved, "runs": Config.runs, "name": name, **given})  # the folder that was read, not where it was made
 
 
 def _saved(runs, name):
@@ -162,8 +162,8 @@ def _evaluated(given):
     if not (Path(model) / "tasks.sha256").is_file():
         return {} if model == "smollm2" else {name: value for name, value in paper_preset(model).items()
                                               if name in Evaluation.FROM_RUN and name != "held_out"}
-    _, saved = _saved(Path(model).absolute().parent, Path(model).name)
-    own_tasks = given.get("tasks", saved.get("tasks")) == saved.get("tasks")
+    _, saved = _saved(Path(model).resolve().parent, Path(model).resolve().name)
+    own_tasks = Path(given.get("tasks", saved.get("tasks", ""))).resolve() == Path(saved.get("tasks", "")).resolve()
     for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
         was = saved.get(name)
         if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:

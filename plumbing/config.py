@@ -210,7 +210,7 @@ def absent(source):
         return "no model in this folder: it has no config.json" if empty else None
     if source.endswith(".gguf") or source.startswith(("/", ".", "~")):  # no hub id is written like that
         return f"no such {'file' if source.endswith('.gguf') else 'folder'}"
-    return "no such run" if any(Path(source).parent.glob("*/tasks.sha256")) else None
+    return "no such run" if "/" in source and any(Path(source).parent.glob("*/tasks.sha256")) else None
 
 
 def cache_dir():

@@ -47,9 +47,8 @@ class LoRALinear(Linear):
     def merged(self, dtype=None):
         """The whole weight with its adapter, added up in float32, in `dtype` or the weight's. All ranks must call this.
 
-        What is learned is smaller than half of bfloat16's spacing at first, and rounding to the nearest would take it away.
-        So it is rounded up or down by chance, in the mean right, by the same draw every time.
-        """
+        What is learned is at first smaller than bfloat16's spacing: to the nearest it would be lost. So it is rounded up or
+        down by chance, right in the mean, by the same draw every time."""
         weight, a, b = map(ranks.whole, (self.weight, self.lora_A, self.lora_B))
         total = torch.addmm(weight.float(), b, a, alpha=self.scale)
         if (dtype or weight.dtype) == torch.bfloat16:  # the upper half of float32's bits: what is added decides on a carry

@@ -148,7 +148,7 @@ def at_least(split, limit):
 def sentences(text):
     """A list of stretches of text closed by . ! ? (or by the end); list numbers such as "2." do not count."""
     text = regex.sub(r"(?m)^\s*\d+[.)]", " ", text)
-    return [part for part in regex.split(rf"[.!?]+{CLOSING}*(?=\s|$)", text) if regex.search(r"\w", part)]
+    return [part for part in regex.split(rf"(?<![.!?])[.!?]++{CLOSING}*+(?=\s|$)", text) if regex.search(r"\w", part)]
 
 
 def recites(limit=5):
@@ -200,7 +200,7 @@ def _math_verify_here(answer, text):
 
 def math_verify(answer):
     """The response's final answer equals `answer`, a number or LaTeX (in the response in $...$, \\(...\\), \\[...\\] or
-    \\boxed{}, as math-verify wants it); None when that cannot be decided in 30 s."""
+    \\boxed{}, as math-verify wants it); None when that cannot be decided in seconds."""
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"answer must be a non-empty string, got {shown(answer)}")
 

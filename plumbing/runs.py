@@ -116,13 +116,12 @@ class Run:
             raise FileExistsError(f"{self.folder} exists: choose another --name, or --resume it")
         if self.digest.exists() and self.digest.read_text(encoding="utf-8").strip() != tasks_digest:
             raise ValueError(f"cannot resume {self.folder}: the tasks in {config.tasks} have changed")
-        if config.resume and ranks.leader():
-            self.rows()  # a broken metrics.jsonl is told before anything is loaded
         there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise PermissionError(f"cannot write to {there} (--runs)")
         if self.folder.is_dir() and ranks.leader():
             lock(self.folder)
+            self.rows()  # a broken metrics.jsonl is told before anything is loaded
 
     def open(self):
         """Make the folder, lock it and connect the tracker. Raises ValueError where that fails, or a rank does not see it in
@@ -220,7 +219,6 @@ class Run:
     def save_checkpoint(self, model, optimizer):
         """Keep what the next step depends on: see checkpoints.save. Raises OSError where it cannot be written."""
         from plumbing.checkpoints import save  # torch, which the command line does without
-
         if self._saved != self.steps_done:
             save(self.folder / "checkpoints", self.steps_done, model, optimizer, self.config.keep_checkpoints)
             self._saved = self.steps_done
@@ -229,7 +227,6 @@ class Run:
         """Restore the newest whole checkpoint and forget the metrics after it; returns the number of steps done, 0 without a
         checkpoint. Raises ValueError where there are checkpoints, but none can be read."""
         from plumbing.checkpoints import load_newest
-
         self.steps_done = step = load_newest(self.folder / "checkpoints", model, optimizer)
         self._saved = step or None
         if ranks.leader():

@@ -187,9 +187,7 @@ def median_response(samples):
 
 def side_by_side(left, right, width=58):
     """Print two texts as two columns."""
-    columns = []
-    for text in (left, right):
-        lines = [part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]]
-        columns.append(lines[:40])
+    columns = [[part for line in printable(text).splitlines() for part in textwrap.wrap(line, width) or [""]][:40]
+               for text in (left, right)]
     for a, b in zip_longest(*columns, fillvalue=""):
         print(f"{a:{width}s}  |  {b}")

@@ -3,6 +3,8 @@
 import socket
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -141,6 +143,34 @@ def test_each_server_gets_as_many_at_a_time():
     assert len(first.requests) == len(second.requests) == 3
     first.close()
     second.close()
+
+
+def test_who_asks_beside_the_pool_waits_for_a_place(server):
+    here, most, lock = Counter(), Counter(), threading.Lock()
+
+    def answer(body, n):
+        with lock:
+            here["now"] += 1
+            most["now"] = max(most["now"], here["now"])
+        time.sleep(0.05)
+        with lock:
+            here["now"] -= 1
+        return GOOD
+
+    server.answers = answer
+    c = client(server, concurrency=3)
+    with ThreadPoolExecutor(3) as others:
+        futures = [c.submit(ASK) for _ in range(12)] + [others.submit(verdict, c) for _ in range(12)]
+        assert all(future.result() is not None for future in futures)
+    assert most["now"] == 3
+
+
+def test_a_slow_limit_is_kept(server):
+    c, waits = client(server, rpm=0.5), []
+    c._wait = waits.append
+    for _ in range(3):
+        c._pace()
+    assert waits == pytest.approx([0, 120, 240], abs=10)
 
 
 @pytest.mark.parametrize("limits", [{"rpm": 600}, {"tpm": 600 * 15}])  # an answer of this server has 15 tokens

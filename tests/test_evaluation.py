@@ -487,6 +487,20 @@ def test_what_a_run_held_out_is_known_by_its_tasks_only(tmp_path, capsys):
     other = evaluation.parse_command_line([str(run), "--tasks", "other.jsonl"])
     assert (other.held_out, other.top_p) == (0, 0.5)
     evaluation.check_held_out(other, tasks[:3])
+    assert "warning" not in capsys.readouterr().err
+    evaluation.check_held_out(other, tasks)  # the same tasks in another file
+    assert f"warning: {run} was trained on these tasks" in capsys.readouterr().err
+
+
+def test_a_run_and_its_tasks_are_known_by_any_path(tmp_path, monkeypatch):
+    for name, held_out in (("old", 3), ("new", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tasks.sha256").write_text("0")
+        (tmp_path / name / "config.json").write_text(json.dumps({"tasks": "mine.jsonl", "held_out": held_out}))
+    monkeypatch.chdir(tmp_path / "old")
+    for path in ("mine.jsonl", "./mine.jsonl", str(tmp_path / "old" / "mine.jsonl")):
+        assert evaluation.parse_command_line([".", "--tasks", path]).held_out == 3
+    assert evaluation.parse_command_line([".", "--tasks", "../mine.jsonl"]).held_out == 0
 
 
 def test_an_embedding_is_the_mean_state_of_a_texts_tokens(model_folder):

@@ -12,7 +12,7 @@ import pytest
 
 import refine
 import ruscarl
-from conftest import ROOT, command, completion, read, refused, start
+from conftest import ROOT, Server, command, completion, read, refused, start
 from plumbing.chat import ChatClient, ChatError
 from refine import Decisions, best_two, read_responses, refine_task, reversed_share
 from tasks import Criterion, Task, load_tasks
@@ -289,9 +289,12 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     status, _, err, _ = command(REFINE, *flags)
     assert status == 0 and len(model.kinds) == before and (out / "progress.jsonl").read_bytes() == whole, err
     write_lines(one, [sample(str(i), "Other.") for i in range(4)])
-    for change, what in (("--rounds=1", "another --rounds"), ("--seed=0", "another hash of the tasks and responses")):
+    verifier = Server(model="another")
+    for change, what in (("--rounds=1", "another --rounds"), (f"--verifier-url={verifier.url}", "another --verifier-model"),
+                         ("--seed=0", "another hash of the tasks and responses")):
         status, _, err, _ = command(REFINE, *flags, change)
         assert status == 2 and what in err
+    verifier.close()
 
 
 def test_a_worse_decision_does_not_replace_a_better_one(tmp_path):

@@ -66,6 +66,10 @@ def test_every_rule_is_tested():
     assert tested | {"recites"} == set(RULES)  # tests/test_recited.py
 
 
+def test_a_response_of_dots_takes_no_time():
+    assert rule("max_sentences", limit=1)("." * 200_000 + "x ." + "." * 200_000 + '")x')
+
+
 def test_math_verify_works_from_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(rule("math_verify", answer="$x^2-1$")("it is $(x-1)(x+1)$")))

@@ -76,6 +76,27 @@ def test_a_run_is_continued_as_it_was(tmp_path, capsys, change, flags, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_run_that_was_moved_is_continued_where_it_is(tmp_path, capsys):
+    settings = dataclasses.asdict(config.Config(name="run", runs="elsewhere"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    _, found = command_line.parse_training(["--runs", str(tmp_path), "--resume"])
+    assert (found.runs, found.name) == (str(tmp_path), "run")
+    with pytest.raises(SystemExit):
+        command_line.parse_training(["--runs", str(tmp_path.parent), "--resume", "--name", f"{tmp_path.name}/run"])
+    assert "--name" in capsys.readouterr().err
+
+
+def test_a_model_is_no_mistyped_run_where_runs_are(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tasks.sha256").write_text("0")
+    monkeypatch.chdir(tmp_path)
+    assert config.absent("smollm2") is None and config.absent("gpt2") is None
+    assert config.absent(f"../{tmp_path.name}/rum") == "no such folder"
+    monkeypatch.chdir(tmp_path.parent)
+    assert config.absent(f"{tmp_path.name}/rum") == "no such run"
+
+
 def test_a_folder_that_cannot_be_made_is_told():
     with pytest.raises((ValueError, PermissionError), match="--runs"):
         runs.Run(config.Config(runs="/proc/nosuch", name="run"), "digest").open()
@@ -145,5 +166,9 @@ def test_two_that_start_a_run_at_the_same_time(tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="new: another process is at work on this run"):
             run.open()
+        run.metrics.write_text('{"step": 0}\n{"step"')  # it is writing
+        with pytest.raises(ValueError, match="another process"):
+            runs.Run(config.Config(runs=str(tmp_path), name="new", resume=True), "digest")
+        assert run.metrics.read_text() == '{"step": 0}\n{"step"'
     run.open()
     runs.Run(config.Config(runs=str(tmp_path), name="new", resume=True), "digest").open()  # the same process may go on

@@ -2,13 +2,12 @@
 
 --judge-calibrate asks the judge about 40 recorded responses to the first_aid questions, whose criteria are checked by rules:
 the rules are the truth, and the judge is asked as in training, both ways of --judge-per. A rule finds advice by its phrases:
-where a response gives it in other words, the judge may be right and the rule wrong. A judge's agreement on another kind of
-criteria may differ.
+where a response gives it in other words, the judge may be right and the rule wrong.
 """
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
@@ -42,24 +41,16 @@ def balanced_f1(truth, verdicts):
     F1 of a class = 2 x right / (times it was true + times it was said); 0 for a class that never occurs in either.
     """
     truth, verdicts = numpy.asarray(truth, bool), numpy.asarray(verdicts, bool)
-    scores = []
-    for kind in (True, False):
-        there, said = truth == kind, verdicts == kind
-        scores.append(2 * (there & said).sum() / max(1, there.sum() + said.sum()))
-    return float(numpy.mean(scores))
+    classes = (truth, verdicts), (~truth, ~verdicts)
+    return float(numpy.mean([2 * (there & said).sum() / max(1, there.sum() + said.sum()) for there, said in classes]))
 
 
 def interval(statistic, truth, verdicts, owners, draws=1000):
     """95% bootstrap interval of statistic(truth, verdicts), resampling whole responses (`owners`), with a fixed seed."""
-    by_owner = defaultdict(list)
-    for i, owner in enumerate(owners):
-        by_owner[owner].append(i)
-    groups, rng = list(by_owner.values()), numpy.random.default_rng(0)
-    values = []
-    for _ in range(draws):
-        picked = numpy.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
-        values.append(statistic(truth[picked], verdicts[picked]))
-    return numpy.percentile(values, [2.5, 97.5])
+    groups = [numpy.flatnonzero(numpy.asarray(owners) == owner) for owner in dict.fromkeys(owners)]
+    rng = numpy.random.default_rng(0)
+    picks = (numpy.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))]) for _ in range(draws))
+    return numpy.percentile([statistic(truth[picked], verdicts[picked]) for picked in picks], [2.5, 97.5])
 
 
 def equal_verdicts(truth, verdicts, owners):

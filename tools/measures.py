@@ -99,11 +99,10 @@ def novelty(log_ratios):
 
 def self_bleu(texts):
     """Mean BLEU (sacrebleu's, up to 4-grams, 0 to 1) of each text with the other texts as its references."""
-    bleu, values = BLEU(effective_order=True), []  # effective_order: a short text is compared by the n-grams that it has
-    for i, text in enumerate(texts):
-        others = texts[:i] + texts[i + 1 :]
-        values.append(1.0 if text in others else bleu.sentence_score(text, others).score / 100)
-    return float(numpy.mean(values))
+    bleu = BLEU(effective_order=True)  # a short text is compared by the n-grams that it has
+    others = [texts[:i] + texts[i + 1 :] for i in range(len(texts))]
+    return float(numpy.mean([1.0 if text in rest else bleu.sentence_score(text, rest).score / 100
+                             for text, rest in zip(texts, others)]))
 
 
 def load_embedding(folder):
