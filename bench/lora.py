@@ -1,7 +1,6 @@
 """LoRA against training all weights: SmolLM2 on first_aid, the laptop preset, by turns and seed by seed.
 
-    python bench/lora.py --output results                    as ruscarl.py trains it
-    python bench/lora.py --rates 2.5e-4 5e-4 --output ...    and with the best of these learning rates, by other seeds
+    python bench/lora.py --output results
 
 A run or an evaluation that is there already is not made again.
 """
@@ -27,8 +26,6 @@ from output import write
 from plumbing.files import read_object, write_whole
 from step import machine
 
-GRID_SEEDS = 100, 101  # of no other run
-
 
 def trained(folder, *flags):
     """{label: number} of a run in `folder`: what training took, and what it leaves on the disk."""
@@ -52,21 +49,11 @@ def score(model, output, samples, *flags):
     return {"score": found["judges"]["rules"]["best_of_n"][0]["mean"], "recited": found["recited"]}  # best of 1: the mean
 
 
-def grid(args):
-    """{learning rate: scores of LoRA after training, one of each of GRID_SEEDS}, for all of args.rates."""
-    found = defaultdict(list)
-    for rate, seed in itertools.product(args.rates, GRID_SEEDS):
-        folder = args.runs / f"grid-{rate:g}-{seed}"
-        trained(folder, "--lora", args.rank, "--lr", rate, "--seed", seed, *args.flags)
-        found[rate].append(score(folder, folder / "evaluation", args.samples)["score"])
-    return found
-
-
 def main():
     """Train and evaluate both, every seed; print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates of LoRA to choose from")
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates of LoRA beside the default")
     parser.add_argument("--seeds", type=int, default=3, help="at least 2, for an interval")
     parser.add_argument("--samples", type=int, default=16, help="responses to each held-out question")
     parser.add_argument("--runs", type=Path, default=Path("runs/lora"), help="folder of the runs")
@@ -77,10 +64,7 @@ def main():
         parser.error("--seeds must be at least 2")
     args.runs = args.runs.absolute()
     arms = {"all weights": ("full", []), f"LoRA, rank {args.rank}": ("lora", ["--lora", args.rank])}
-    tried = grid(args)
-    if tried:
-        best = max(tried, key=lambda rate: sum(tried[rate]))
-        arms[f"LoRA, --lr {best:g}"] = f"lora-{best:g}", ["--lora", args.rank, "--lr", best]
+    arms |= {f"the same, --lr {rate:g}": (f"lora-{rate:g}", ["--lora", args.rank, "--lr", rate]) for rate in args.rates}
     rows, rates = defaultdict(list), {}
     before = score("smollm2", args.runs / "before", args.samples, "--held-out", 16)
     for seed, (arm, (name, flags)) in itertools.product(range(args.seeds), arms.items()):
@@ -88,13 +72,13 @@ def main():
         took = trained(folder, *flags, "--seed", seed, *args.flags)
         rows[arm].append(score(folder, folder / "evaluation", args.samples) | took)
         rates[arm] = read_object(folder / "config.json")["lr"]
-    print("\n".join(lines := report(args, rows, before, rates, tried)))
+    print("\n".join(lines := report(args, rows, before, rates)))
     write(args.output / "lora.md", lines)
 
 
-def report(args, rows, before, rates, tried):
+def report(args, rows, before, rates):
     """Lines of Markdown. rows: {arm: [{label: number} of each seed]}, all weights first; before: of the model; rates: the
-    learning rates, {arm: number}; tried: see `grid`."""
+    learning rates, {arm: number}."""
     (full, of_full), *others = rows.items()
     chosen = ", ".join(f"{rate:g}" for rate in rates.values())
     labels = list(of_full[0])
@@ -114,12 +98,6 @@ def report(args, rows, before, rates, tried):
         values = [[row[name] - start for row in found] for found in rows.values()]
         cells = [values[0], *(part for own in values[1:] for part in (own, numpy.subtract(own, values[0])))]
         lines.append(f"| {label} | " + " | ".join(map(plus_minus, cells)) + " |")
-    if tried:
-        lines += ["", "LoRA's learning rate was chosen by the mean score of seeds that no other run has:", "",
-                  "| learning rate | " + " | ".join(f"seed {seed}" for seed in GRID_SEEDS) + " | mean |",
-                  "|---|" + "---|" * (len(GRID_SEEDS) + 1)]
-        lines += [f"| {rate:g} | " + " | ".join(f"{value:+.3f}" for value in (*scores, numpy.mean(scores))) + " |"
-                  for rate, scores in tried.items()]
     return lines
 
 
