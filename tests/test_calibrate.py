@@ -31,6 +31,8 @@ def test_the_interval_resamples_whole_responses():
     wide = interval(agreement, truth, said, [i // 10 for i in range(40)])  # four responses of ten criteria
     assert narrow[0] == pytest.approx(0.5 - 1.96 * (0.25 / 40) ** 0.5, abs=0.03)
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    low, high = interval(agreement, numpy.array([True] * 400), numpy.arange(400) < 200, list(range(400)))
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.08)  # 95%; of 90% it is 16% less
 
 
 def test_known_cases_hold_both_answers_for_both_signs():

@@ -176,6 +176,7 @@ def test_cosine_distance_novelty_and_means_by_hand():
     assert counts.sum() == 5 and edges[0] == pytest.approx(math.log10(0.5)) and edges[-1] == pytest.approx(6)
     means = mean_over_tasks(numpy.random.default_rng(0).normal(1, 2, size=400))
     assert means["se"] == pytest.approx(2 / 20, rel=0.15)
+    assert means["high"] - means["low"] == pytest.approx(2 * 1.96 * means["se"], rel=0.08)  # 95%; of 90% it is 16% less
 
 
 def test_agreement_of_two_judges_by_hand():

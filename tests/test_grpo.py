@@ -250,6 +250,29 @@ def test_truncated_importance_weighs_tokens_by_hand():
         assert torch.allclose(kept, p.grad, atol=1e-5)
 
 
+def test_what_the_cap_of_tis_cuts_is_counted():
+    model, samples = tiny_model(1), make_samples()[:4]
+    for i, s in enumerate(samples):
+        logp = naive_logprobs(model, s.prompt_ids, s.response_ids).detach()
+        s.sampled_from, s.sampled_logp = s.prompt_ids, (logp - (3 if i == 0 else math.log(1.5))).tolist()
+    lengths = [len(s.response_ids) for s in samples]
+    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [samples], LossParams(tis=2.0))
+    assert stats["tis/capped"] == pytest.approx(lengths[0] / sum(lengths))
+    assert stats["tis/mean"] == pytest.approx((2 * lengths[0] + 1.5 * sum(lengths[1:])) / sum(lengths), abs=1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "params", "learns"), [
+    (1.25, 1.0, LossParams(), False), (1.25, 1.0, LossParams(clip_high=0.3), True),
+    (0.85, -1.0, LossParams(), True), (0.85, -1.0, LossParams(clip_low=0.1), False),
+    (4.0, -1.0, LossParams(), True), (4.0, -1.0, LossParams(dual_clip=3.0), False)])
+def test_an_update_is_clipped_on_either_side_by_its_own_bound(ratio, advantage, params, learns):
+    model, samples = tiny_model(1), make_samples()[:2]
+    for s in samples:
+        s.advantage, s.old_logp = advantage, naive_logprobs(model, s.prompt_ids, s.response_ids).detach() - math.log(ratio)
+    stats = grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.1), [samples], params)
+    assert (stats["grad_norm"] > 1e-3) == learns
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))])
 @pytest.mark.parametrize("each_pack", [True, False])

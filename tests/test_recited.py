@@ -70,6 +70,14 @@ def test_one_warning_where_more_than_a_tenth_recites(run, capsys):
     assert told.count("the policy repeats the rubric instead of following it") == 1 and "11% of the plain" in told
 
 
+@pytest.mark.parametrize(("plain", "told"), [(20, True), (19, False)])  # of fewer, two would be a tenth
+def test_a_step_in_which_many_recite_is_told_before_the_next_evaluation(run, capsys, plain, told):
+    run._began = 0.0
+    row = {"skipped_steps": 0, "scaffold/recited_plain": 0.5}
+    run.finish_step(0, row, [rollout() for _ in range(plain)] + [rollout(shown=[Criterion("c", 1)])] * 9, None, None)
+    assert ("50% of the plain responses recite" in capsys.readouterr().err) == told
+
+
 def test_what_was_reached_from_nothing_is_counted(run):
     rubric = [Criterion(text, 1) for text in ("never", "now", "a little", "before")] + [Criterion("bad", -1)]
 

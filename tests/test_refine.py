@@ -87,6 +87,19 @@ def test_a_refinement_that_fails_keeps_the_rubric(answer, why):
     assert rubric == (has("a"),) and log["rounds"][0]["why"] == why and not log["rounds"][0]["kept"]
 
 
+def test_the_better_one_is_shown_first_or_second_by_chance():
+    pairs = set()
+    for seed in range(20):
+        _, log = run(["ab", "a"], Script((has("b"),), ([has("b")], None)), seed=seed, rounds=1, always=True)
+        pairs.add(tuple(log["rounds"][0]["pair"]))
+    assert pairs == {(0, 1), (1, 0)}
+
+
+def test_what_reverses_as_much_as_may_be_is_kept():
+    answer = ([has("a"), has("b")], "ab")
+    assert run(["ab", "a", "x"], Script((has("a"),), answer), rounds=1, max_reversed=0)[1]["rounds"][0]["kept"]
+
+
 def test_unknown_verdicts_are_not_no():
     # the text whose verdicts are unknown is never among the best, and a refinement unknown on its pair is not kept
     _, log = run(["a", "a?", "ab", "b"], Script((has("a"),), ([has("a"), has("b")], "ab")), rounds=1)
