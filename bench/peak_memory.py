@@ -46,7 +46,7 @@ def main():
     args = parser.parse_args()
     lines = ["# Memory: what --plan predicts, and what runs took", "",
              f"`python bench/peak_memory.py {' '.join(sys.argv[1:])}`, {date.today()}, {platform.machine()}, no GPU. "
-             "SmolLM2-135M on first_aid, the laptop preset with {' '.join(BASE)} and:", "",
+             f"SmolLM2-135M on first_aid, the laptop preset with {' '.join(BASE)} and:", "",
              "| flags | predicted, GB | measured peak, GB | predicted / measured |", "|---|---|---|---|"]
     for case in tqdm(CASES, "runs", disable=None):
         plan, peak = predicted(case.split()), measured(case.split())

@@ -92,7 +92,7 @@ def section(args, name, lines):
     found = [(args.work / f"{part}.md").read_text(encoding="utf-8") for part in ("calibrate", "train")
              if (args.work / f"{part}.md").exists()]
     write(args.output / "judge.md", ["# A judge that reads: Qwen2.5-Coder-1.5B", "", about("calibrate` and `train"), "",
-                                        "\n".join(found).rstrip()])
+                                     "\n".join(found).rstrip()])
 
 
 def about(part):
