@@ -422,7 +422,9 @@ def test_the_model_judges_itself_and_other_settings_are_refused(model_folder, ot
     assert found["judges"]["self"]["unknown"] == 0 and found["diversity"] is None
     kept = (tmp_path / "out" / "samples.jsonl").read_bytes()
     for change, message in [(["--samples", 2], "--samples: 1 there, 2 now"), (["--seed", 1], "--seed: 0 there, 1 now"),
-                            (["--base", other_folder], "--base"), (["--tasks", "first_aid"], "--tasks")]:
+                            (["--base", other_folder], "--base"), (["--tasks", "first_aid"], "--tasks"),
+                            (["--temperature", 0.3], "--temperature"), (["--top-p", 0.5], "--top-p"),
+                            (["--top-k", 3], "--top-k"), (["--max-new-tokens", 3], "--max-new-tokens")]:
         assert message in refused(evaluation, capsys, *arguments, *change)
     shutil.copy(other_folder / "model.safetensors", copy)
     assert "weights of" in refused(evaluation, capsys, *arguments)

@@ -303,7 +303,8 @@ def test_a_model_that_fails_now_and_then(server, tmp_path):
     assert status == 0 and len(model.kinds) == before and (out / "progress.jsonl").read_bytes() == whole, err
     write_lines(one, [sample(str(i), "Other.") for i in range(4)])
     verifier = Server(model="another")
-    for change, what in (("--rounds=1", "another --rounds"), (f"--verifier-url={verifier.url}", "another --verifier-model"),
+    for change, what in (("--rounds=1", "another --rounds"), ("--max-reversed=0.5", "another --max-reversed"),
+                         ("--always", "another --always"), (f"--verifier-url={verifier.url}", "another --verifier-model"),
                          ("--seed=0", "another hash of the tasks and responses")):
         status, _, err, _ = command(REFINE, *flags, change)
         assert status == 2 and what in err
