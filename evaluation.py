@@ -136,12 +136,13 @@ class Samples(JsonLines):
 def check_held_out(config, tasks):
     """Raise ValueError where a run was trained on other tasks than these: which ones it has not seen is then unknown."""
     path = Path(config.model) / "tasks.sha256"
-    same = path.is_file() and path.read_text(encoding="utf-8").strip() == digest(tasks)
-    if same and not config.held_out:
-        terminal.say(f"warning: {config.model} was trained on these tasks, but for --held-out of them (config.json)")
-    if config.held_out and path.is_file() and not same:
-        raise ValueError(f"{config.tasks}: these are not the tasks that {config.model} was trained on, so that which of "
-                         "them it has not seen is unknown (--held-out 0 evaluates on all)")
+    if path.is_file():
+        same = path.read_text(encoding="utf-8").strip() == digest(tasks)
+        if config.held_out and not same:
+            raise ValueError(f"{config.tasks}: these are not the tasks that {config.model} was trained on, so that which of "
+                             "them it has not seen is unknown (--held-out 0 evaluates on all)")
+        if same and not config.held_out:
+            terminal.say(f"warning: {config.model} was trained on these tasks, but for --held-out of them (config.json)")
 
 
 def choose_tasks(config, tasks, tokenizers):

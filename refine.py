@@ -210,10 +210,10 @@ def refine(config):
         raise ValueError(f"--responses: task {few[0]} has fewer than two different responses")
     long = {"max_tokens": 4096, "timeout": 600.0}  # a rubric is longer than a verdict
     clients = {name: client for name in ("proposer", "verifier") if (client := config.connect(name, **long))}
-    proposer, verifier = ChatProposer(clients["proposer"]), Verifier(clients.get("verifier", clients["proposer"]))
+    verifying = clients.get("verifier", clients["proposer"])
+    proposer, verifier = ChatProposer(clients["proposer"]), Verifier(verifying)
     folder, settings = Path(config.output), {name: getattr(config, name) for name in KEPT}
-    settings |= {"proposer_model": clients["proposer"].model,
-                 "verifier_model": clients.get("verifier", clients["proposer"]).model}
+    settings |= {"proposer_model": clients["proposer"].model, "verifier_model": verifying.model}
     claim(folder, {**settings, "hash of the tasks and responses": digest([everything, responses])}, "progress.jsonl")
     decisions, threads = Decisions(folder), ThreadPoolExecutor(config.judge_concurrency)
     try:

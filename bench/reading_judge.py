@@ -91,14 +91,15 @@ def section(args, name, lines):
     (args.work / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = [(args.work / f"{part}.md").read_text(encoding="utf-8") for part in ("calibrate", "train")
              if (args.work / f"{part}.md").exists()]
-    write(args.output / "judge.md", ["# A judge that reads: Qwen2.5-Coder-1.5B", "", about("calibrate` and `train"), "",
+    write(args.output / "judge.md", ["# A judge that reads: Qwen2.5-Coder-1.5B", "", about("calibrate", "train"), "",
                                      "\n".join(found).rstrip()])
 
 
-def about(part):
+def about(*parts):
     """The line that says how the figures came about."""
-    return (f"`python bench/reading_judge.py {part}`, {date.today()}, {machine()}, no GPU; the model (4-bit weights, "
-            "dequantised) behind vLLM's server in bfloat16, on the same cores.")
+    commands = " and ".join(f"`python bench/reading_judge.py {part}`" for part in parts)
+    return (f"{commands}, {date.today()}, {machine()}, no GPU; the model (4-bit weights, dequantised) behind "
+            "vLLM's server in bfloat16, on the same cores.")
 
 
 def refine(args):

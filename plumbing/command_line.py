@@ -158,12 +158,12 @@ def parse_evaluation(argv=None):
 def _evaluated(given):
     """What an evaluation's flags start from: the settings of a run (on other tasks nothing is held out), or the paper's for
     another model than smollm2."""
-    model = given["model"]
-    if not (Path(model) / "tasks.sha256").is_file():
+    model, folder = given["model"], Path(given["model"]).resolve()
+    if not (folder / "tasks.sha256").is_file():
         return {} if model == "smollm2" else {name: value for name, value in paper_preset(model).items()
                                               if name in Evaluation.FROM_RUN and name != "held_out"}
-    _, saved = _saved(Path(model).resolve().parent, Path(model).resolve().name)
-    own_tasks = Path(given.get("tasks", saved.get("tasks", ""))).resolve() == Path(saved.get("tasks", "")).resolve()
+    _, saved = _saved(folder.parent, folder.name)
+    own_tasks = "tasks" not in given or Path(given["tasks"]).resolve() == Path(saved.get("tasks", "")).resolve()
     for name in ("held_out", "max_prompt_tokens"):  # by these the run has split its tasks
         was = saved.get(name)
         if own_tasks and given.get("held_out") != 0 and given.get(name, was) != was:

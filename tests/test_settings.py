@@ -32,7 +32,7 @@ class Keeper:
     """Stands for sampler and run: keeps the names of what is called, in order."""
 
     def __init__(self):
-        self.called, self.steps_done = [], 0
+        self.called = []
 
     def __getattr__(self, name):
         return lambda *args: self.called.append(name)
@@ -124,7 +124,7 @@ def test_a_policy_that_judges_itself_is_greedy_and_not_turned_round():
     assert [verdict.result() for verdict in verdicts] == [True, False]
 
 
-def test_what_is_too_long_with_its_whole_rubric_is_dropped_and_not_evaluated(monkeypatch):
+def test_what_is_too_long_with_its_whole_rubric_is_dropped_and_not_evaluated():
     tokenizer = tiny_tokenizer()
     long = Task("long", TASKS[0].messages, (Criterion("it is true " * 20, 2),))
     config = evaluation.parse_command_line(["smollm2"])
@@ -157,4 +157,3 @@ def test_a_flag_wins_over_the_environment(monkeypatch):
 def test_a_run_that_stops_says_how_it_goes_on(capsys):
     ruscarl.stopped("reason", settings(runs="there", name="mine"))
     assert capsys.readouterr().err == "ruscarl.py: stopped: reason; continue with --resume --runs there --name mine\n"
-

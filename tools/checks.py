@@ -47,8 +47,8 @@ def balanced_f1(truth, verdicts):
 
 def interval(statistic, truth, verdicts, owners, draws=1000):
     """95% bootstrap interval of statistic(truth, verdicts), resampling whole responses (`owners`), with a fixed seed."""
-    groups = [numpy.flatnonzero(numpy.asarray(owners) == owner) for owner in dict.fromkeys(owners)]
-    rng = numpy.random.default_rng(0)
+    order, starts = numpy.argsort(owners, kind="stable"), numpy.unique(numpy.sort(owners), return_index=True)[1]
+    groups, rng = numpy.split(order, starts[1:]), numpy.random.default_rng(0)
     picks = (numpy.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))]) for _ in range(draws))
     return numpy.percentile([statistic(truth[picked], verdicts[picked]) for picked in picks], [2.5, 97.5])
 
